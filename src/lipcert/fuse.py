@@ -1,0 +1,101 @@
+"""Fusing affine sub-graphs: conv + BatchNorm, x + conv(x), slices and reshapes become one map.
+
+Every rewriting keeps the function of the graph; a fused map is never looser than its parts when
+its norm is exact.
+"""
+
+import torch
+
+from lipcert.graph import Affine, Concat, Node, Sum, node, topological
+from lipcert.linear_map import Add, Composition, LinearMap, Stack, identity
+from lipcert.simplify import simplify
+
+
+def fuse(output: Node) -> Node:
+    """The graph of `output` with its affine sub-graphs fused."""
+    done: dict[Node, Node] = {}
+    for old in topological(output):
+        inputs = tuple(done[i] for i in old.inputs)
+        fresh = old if inputs == old.inputs else Node(old.op, inputs, old.shape, old.name)
+        if isinstance(fresh.op, Sum | Concat):
+            fresh = _merge_branches(fresh)
+        done[old] = fresh
+    chained: dict[Node, Node] = {}
+    for old in topological(done[output]):
+        inputs = tuple(chained[i] for i in old.inputs)
+        fresh = old if inputs == old.inputs else Node(old.op, inputs, old.shape, old.name)
+        if isinstance(fresh.op, Affine) and isinstance(fresh.inputs[0].op, Affine):
+            fresh = _chain(fresh.inputs[0], fresh)
+        chained[old] = fresh
+    return chained[done[output]]
+
+
+def _chain(first: Node, then: Node) -> Node:
+    """`then` after `first`, both affine, as one affine node on the input of `first`."""
+    assert isinstance(first.op, Affine)
+    assert isinstance(then.op, Affine)
+    a, b = first.op, then.op
+
+    def map() -> LinearMap:
+        return simplify(b.map() @ a.map())
+
+    def bias() -> torch.Tensor:
+        shift = 0 if b.bias is None else b.bias()
+        if a.bias is None:
+            return torch.as_tensor(shift)
+        return _push(b.map(), a.bias().expand(1, *first.shape))[0] + shift
+
+    has_bias = a.bias is not None or b.bias is not None
+    name = "+".join(n for n in (first.name, then.name) if n)
+    return node(Affine(map, bias if has_bias else None), first.inputs[0], name=name)
+
+
+def _push(map: LinearMap, value: torch.Tensor) -> torch.Tensor:
+    return map.apply(value.to(map.like) if map.tensors() else value)
+
+
+def _ancestors(n: Node) -> list[Node]:
+    """The node itself, and on down its affine ancestors to the first one that is not affine."""
+    line = [n]
+    while isinstance(line[-1].op, Affine):
+        line.append(line[-1].inputs[0])
+    return line
+
+
+def _merge_branches(branching: Node) -> Node:
+    """A sum or concatenation of affine functions of one node is an affine function of it."""
+    lines = [_ancestors(i) for i in branching.inputs]
+    common = next((n for n in lines[0] if all(n in line for line in lines)), None)
+    if common is None:
+        return branching
+    paths = [line[: line.index(common)] for line in lines]
+
+    def branch(path: list[Node]) -> LinearMap:
+        maps = [n.op.map() for n in reversed(path) if isinstance(n.op, Affine)]
+        if not maps:
+            return identity(common.shape)
+        return Composition(maps[0].in_shape, maps[-1].out_shape, tuple(maps))
+
+    def map() -> LinearMap:
+        branches = tuple(branch(path) for path in paths)
+        kind = Add if isinstance(branching.op, Sum) else Stack
+        return simplify(kind(common.shape, branching.shape, branches))
+
+    def offset(path: list[Node]) -> torch.Tensor:
+        """The branch at zero, without a batch."""
+        value = torch.zeros(1, *common.shape)
+        for n in reversed(path):
+            assert isinstance(n.op, Affine)
+            shift = None if n.op.bias is None else n.op.bias()
+            value = _push(n.op.map(), value)
+            value = value if shift is None else value + shift
+        return value[0]
+
+    def bias() -> torch.Tensor:
+        offsets = [offset(path) for path in paths]
+        if isinstance(branching.op, Sum):
+            return torch.stack(offsets).sum(0)
+        return torch.cat([o.flatten() for o in offsets])
+
+    name = "+".join(dict.fromkeys(n.name for path in paths for n in reversed(path) if n.name))
+    return node(Affine(map, bias), common, name=name or branching.name)

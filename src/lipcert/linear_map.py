@@ -1,0 +1,366 @@
+"""Linear maps with their adjoints. Knows no networks and no norms.
+
+A map acts on batches: `apply` takes `(b, *in_shape)` to `(b, *out_shape)`, `adjoint` goes back.
+The kinds are few and final, and their structure stays visible: apply and adjoint alone would give
+neither |W| for boxes nor a frequency symbol for norms. Maps are immutable; their tensors are the
+live parameters they were built from, so results are differentiable in the weights.
+"""
+
+import dataclasses
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap(ABC):
+    """A linear map from arrays of shape `in_shape` to arrays of shape `out_shape`."""
+
+    in_shape: Shape
+    out_shape: Shape
+
+    @abstractmethod
+    def apply(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """A x for each array of the batch."""
+
+    def adjoint(self, y: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """A^T y for each array of the batch; by automatic differentiation unless a kind knows."""
+        zero = y.new_zeros(y.shape[0], *self.in_shape)
+        return torch.func.vjp(self.apply, zero)[1](y)[0]
+
+    def split(self) -> tuple["LinearMap", "LinearMap"]:
+        """Maps P, N without negative entries and A = P - N; the dense matrix unless a kind knows."""
+        return Matrix(self.in_shape, self.out_shape, self.dense()).split()
+
+    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest box holding A x for every x in the box; infinite ends are allowed.
+
+        Args:
+            lower: Lower ends, shape `(b, *in_shape)`.
+            upper: Upper ends, the same shape.
+
+        Returns:
+            Lower and upper ends, shape `(b, *out_shape)`.
+        """
+        positive, negative = self.split()
+        up = _extended_apply(positive, upper) - _extended_apply(negative, lower)
+        low = _extended_apply(positive, lower) - _extended_apply(negative, upper)
+        return low, up
+
+    @property
+    def in_size(self) -> int:
+        """Number of inputs."""
+        return math.prod(self.in_shape)
+
+    @property
+    def out_size(self) -> int:
+        """Number of outputs."""
+        return math.prod(self.out_shape)
+
+    def tensors(self) -> list[Tensor]:
+        """The floating-point tensors the map is made of (its weights), parts included."""
+        found: list[Tensor] = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, LinearMap):
+                    found += item.tensors()
+                elif isinstance(item, Tensor) and item.is_floating_point():
+                    found.append(item)
+        return found
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor with the precision and device of the weights (numbers adapt to the others)."""
+        tensors = self.tensors()
+        return next((t for t in tensors if t.ndim), *tensors[:1] or [torch.zeros(())])
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same map with its weights in another precision; still differentiable in them."""
+
+        def cast(value):
+            if isinstance(value, LinearMap):
+                return value.to(dtype)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.to(dtype)
+            if isinstance(value, tuple):
+                return tuple(cast(item) for item in value)
+            return value
+
+        return dataclasses.replace(
+            self, **{f.name: cast(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        )
+
+    def dense(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out in"]:
+        """The matrix of the map on flattened arrays: the slow oracle."""
+        identity = torch.eye(self.in_size, dtype=dtype, device=self.like.device)
+        columns = self.to(dtype).apply(identity.reshape(-1, *self.in_shape))
+        return columns.reshape(self.in_size, self.out_size).mT
+
+    @property
+    def T(self) -> "LinearMap":
+        """The transposed map."""
+        return Transpose(self.out_shape, self.in_shape, self)
+
+    def __matmul__(self, other: "LinearMap") -> "LinearMap":
+        return Composition(other.in_shape, self.out_shape, (other, self))
+
+    def __add__(self, other: "LinearMap") -> "LinearMap":
+        return Add(self.in_shape, self.out_shape, (self, other))
+
+
+def _extended_apply(nonnegative: LinearMap, x: Tensor) -> Tensor:
+    """A x for a map without negative entries, with 0 * inf = 0."""
+    infinite = x.isinf()
+    y = nonnegative.apply(x.where(~infinite, 0))
+    if not infinite.any():
+        return y
+    for sign in (-1, 1):
+        touched = nonnegative.apply((infinite & (x * sign > 0)).to(x)) > 0
+        y = y.where(~touched, sign * math.inf)
+    return y
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix(LinearMap):
+    """A matrix acting on the flattened array; the form of last resort for boxes."""
+
+    weight: Float[Tensor, "out in"]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) @ self.weight.to(x).mT).reshape(-1, *self.out_shape)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return (y.flatten(1) @ self.weight.to(y)).reshape(-1, *self.in_shape)
+
+    def split(self) -> tuple[LinearMap, LinearMap]:
+        parts = self.weight.clamp(min=0), (-self.weight).clamp(min=0)
+        return tuple(dataclasses.replace(self, weight=part) for part in parts)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(LinearMap):
+    """`weight` acting on the last axis: `(..., n)` to `(..., m)`, as `nn.Linear` does."""
+
+    weight: Float[Tensor, "m n"]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x @ self.weight.mT
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return y @ self.weight
+
+    def split(self) -> tuple[LinearMap, LinearMap]:
+        parts = self.weight.clamp(min=0), (-self.weight).clamp(min=0)
+        return tuple(dataclasses.replace(self, weight=part) for part in parts)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(LinearMap):
+    """Elementwise multiplication with `diagonal`, which broadcasts to the shape."""
+
+    diagonal: Float[Tensor, "..."]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.diagonal.to(x.device)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.apply(y)
+
+    def split(self) -> tuple[LinearMap, LinearMap]:
+        parts = self.diagonal.clamp(min=0), (-self.diagonal).clamp(min=0)
+        return tuple(dataclasses.replace(self, diagonal=part) for part in parts)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class Index(LinearMap):
+    """Each output is a copy of one input, or zero where `source` is -1.
+
+    Reshapes, permutations, slices, crops, zero padding, repetition: `source` holds, in the shape
+    of the output, positions in the flattened input.
+    """
+
+    source: Int[Tensor, "..."]
+
+    def __post_init__(self):
+        plain = self.in_size == self.out_size and bool(
+            (self.source.flatten() == torch.arange(self.in_size, device=self.source.device)).all()
+        )
+        object.__setattr__(self, "is_reshape", plain)
+
+    def apply(self, x: Tensor) -> Tensor:
+        if self.is_reshape:
+            return x.reshape(-1, *self.out_shape)
+        source = self.source.to(x.device)
+        padded = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], 1)  # position -1 is the zero
+        return padded[:, source.flatten()].reshape(-1, *self.out_shape)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        if self.is_reshape:
+            return y.reshape(-1, *self.in_shape)
+        source = self.source.to(y.device).flatten() % (self.in_size + 1)
+        sums = y.new_zeros(len(y), self.in_size + 1).index_add(1, source, y.flatten(1))
+        return sums[:, :-1].reshape(-1, *self.in_shape)
+
+    def split(self) -> tuple[LinearMap, LinearMap]:
+        return self, zero(self)
+
+    def copies(self) -> Int[Tensor, " in"]:
+        """How often each input is read."""
+        kept = self.source[self.source >= 0].flatten()
+        return torch.bincount(kept, minlength=self.in_size)
+
+
+def identity(shape: Shape) -> Index:
+    """The identity of a shape."""
+    return Index(shape, shape, torch.arange(math.prod(shape)).reshape(shape))
+
+
+def zero(like: LinearMap) -> Index:
+    """The zero map between the shapes of another map."""
+    return Index(like.in_shape, like.out_shape, torch.full(like.out_shape, -1))
+
+
+@dataclass(frozen=True, eq=False)
+class Separable(LinearMap):
+    """One matrix per axis (None: untouched): pooling by averages, resampling, sums over axes.
+
+    `matrices[a]` has shape `(out_shape[a], in_shape[a])`.
+    """
+
+    matrices: tuple[Tensor | None, ...]
+
+    def apply(self, x: Tensor) -> Tensor:
+        for axis, matrix in enumerate(self.matrices, start=1):
+            if matrix is not None:
+                x = (x.movedim(axis, -1) @ matrix.to(x).mT).movedim(-1, axis)
+        return x
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.transposed().apply(y)
+
+    def transposed(self) -> "Separable":
+        """The transposed map, of the same kind."""
+        turned = tuple(None if m is None else m.mT for m in self.matrices)
+        return Separable(self.out_shape, self.in_shape, turned)
+
+    def split(self) -> tuple[LinearMap, LinearMap]:
+        # A product of entries is positive where an even number of its factors is negative.
+        signed = [
+            [(0, None)] if m is None else [(0, m.clamp(min=0)), (1, (-m).clamp(min=0))]
+            for m in self.matrices
+        ]
+        halves: tuple[list[LinearMap], list[LinearMap]] = ([], [])
+        for choice in itertools.product(*signed):
+            matrices = tuple(m for _, m in choice)
+            if all(m is None or bool((m != 0).any()) for m in matrices):
+                term = dataclasses.replace(self, matrices=matrices)
+                halves[sum(negative for negative, _ in choice) % 2].append(term)
+        positive, negative = (
+            Add(self.in_shape, self.out_shape, tuple(half)) if half else zero(self)
+            for half in halves
+        )
+        return positive, negative
+
+
+@dataclass(frozen=True, eq=False)
+class Transpose(LinearMap):
+    """The adjoint of `inner` as a map: a transposed convolution, for one."""
+
+    inner: LinearMap
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.inner.adjoint(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.inner.apply(y)
+
+    def split(self) -> tuple[LinearMap, LinearMap]:
+        positive, negative = self.inner.split()
+        return positive.T, negative.T
+
+    @property
+    def T(self) -> LinearMap:
+        return self.inner
+
+
+@dataclass(frozen=True, eq=False)
+class Composition(LinearMap):
+    """`factors` one after the other, the first one applied first."""
+
+    factors: tuple[LinearMap, ...]
+
+    def apply(self, x: Tensor) -> Tensor:
+        for factor in self.factors:
+            x = factor.apply(x)
+        return x
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        for factor in reversed(self.factors):
+            y = factor.adjoint(y)
+        return y
+
+    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """A box holding A x; factor by factor, so not always the smallest."""
+        for factor in self.factors:
+            lower, upper = factor.interval(lower, upper)
+        return lower, upper
+
+
+@dataclass(frozen=True, eq=False)
+class Add(LinearMap):
+    """The sum of `terms`."""
+
+    terms: tuple[LinearMap, ...]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return sum((t.apply(x) for t in self.terms[1:]), start=self.terms[0].apply(x))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return sum((t.adjoint(y) for t in self.terms[1:]), start=self.terms[0].adjoint(y))
+
+    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """A box holding A x; term by term, so not always the smallest."""
+        boxes = [t.interval(lower, upper) for t in self.terms]
+        return sum(b[0] for b in boxes), sum(b[1] for b in boxes)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class Stack(LinearMap):
+    """The outputs of `parts`, flattened and put one behind the other."""
+
+    parts: tuple[LinearMap, ...]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return torch.cat([p.apply(x).flatten(1) for p in self.parts], 1)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        pieces = y.split([p.out_size for p in self.parts], 1)
+        pairs = zip(self.parts, pieces, strict=True)
+        return sum(p.adjoint(piece.reshape(-1, *p.out_shape)) for p, piece in pairs)  # type: ignore[return-value]
+
+    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        boxes = [p.interval(lower, upper) for p in self.parts]
+        return (
+            torch.cat([b[0].flatten(1) for b in boxes], 1),
+            torch.cat([b[1].flatten(1) for b in boxes], 1),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Generic(LinearMap):
+    """Any linear function of a batch, its structure unknown: `fn(x)` without bias."""
+
+    fn: Callable[[Tensor], Tensor]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.fn(x)

@@ -1,0 +1,321 @@
+"""Rules of elementwise activations: the interval of their secant slopes."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lipcert.errors import LipcertError
+from lipcert.graph import Node, Slope
+from lipcert.rules.registry import attribute, refuse, rule
+from lipcert.rules.slopes import everywhere, piecewise_linear, smooth
+
+# Where the derivative of an activation peaks and where the activation itself turns (roots of f''
+# and f', to double precision). A slip in the last digit would move the peak by its square.
+SILU_PEAK, SILU_TURN = 2.3993572805154677, -1.2784645427610738
+GELU_TURN = -0.7517915246935645
+GELU_TANH_PEAK, GELU_TANH_TURN = 1.4185040087908284, -0.7524614220710163
+MISH_PEAKS, MISH_TURN = (-2.2563763963607931, 1.4905711794854285), -1.1924312145154952
+
+
+def _relu(fn: Callable[[Tensor], Tensor]) -> Slope:
+    return piecewise_linear(fn, lambda: ((0.0,), (0.0, 1.0)))
+
+
+@rule(nn.ReLU)
+def relu_module(module: nn.ReLU, x: Node) -> Slope:
+    return _relu(F.relu)
+
+
+@rule(F.relu, torch.relu, torch.relu_, "relu", "relu_")
+def relu_function(x: Node, inplace: bool = False) -> Slope:
+    return _relu(F.relu)
+
+
+def _clamp(low: float | None, high: float | None) -> Slope:
+    bottom, top = -math.inf if low is None else low, math.inf if high is None else high
+    if bottom > top:
+        raise LipcertError(f"clamp from {bottom} to {top}")
+    if math.inf in (-bottom, top):
+        one_end, slopes = (top, (1.0, 0.0)) if bottom == -math.inf else (bottom, (0.0, 1.0))
+        return piecewise_linear(lambda t: t.clamp(low, high), lambda: ((one_end,), slopes))
+    return piecewise_linear(
+        lambda t: t.clamp(low, high), lambda: ((bottom, top), (0.0, 1.0, 0.0))
+    )
+
+
+@rule(torch.clamp, torch.clip, "clamp", "clip", "clamp_", "clip_")
+def clamp(x: Node, min: float | None = None, max: float | None = None) -> Slope:
+    if any(isinstance(end, Node) for end in (min, max)):
+        raise LipcertError("clamp between functions of the input; use maximum and minimum")
+    if not all(end is None or isinstance(end, int | float) for end in (min, max)):
+        raise LipcertError("clamp with tensors as ends has no rule; use numbers")
+    return _clamp(min, max)
+
+
+@rule(torch.clamp_min, "clamp_min", "clamp_min_")
+def clamp_min(x: Node, min: float) -> Slope:
+    return _clamp(min, None)
+
+
+@rule(torch.clamp_max, "clamp_max", "clamp_max_")
+def clamp_max(x: Node, max: float) -> Slope:
+    return _clamp(None, max)
+
+
+@rule(nn.Hardtanh, nn.ReLU6)
+def hardtanh_module(module: nn.Hardtanh, x: Node) -> Slope:
+    return _clamp(module.min_val, module.max_val)
+
+
+@rule(F.hardtanh, F.hardtanh_)
+def hardtanh_function(x: Node, min_val=-1.0, max_val=1.0, inplace: bool = False) -> Slope:
+    return _clamp(min_val, max_val)
+
+
+@rule(F.relu6)
+def relu6_function(x: Node, inplace: bool = False) -> Slope:
+    return _clamp(0.0, 6.0)
+
+
+@rule(torch.abs, "abs", "abs_", "__abs__")
+def absolute(x: Node) -> Slope:
+    return piecewise_linear(torch.abs, lambda: ((0.0,), (-1.0, 1.0)))
+
+
+def _leaky(negative: float) -> Slope:
+    return piecewise_linear(
+        lambda t: F.leaky_relu(t, negative), lambda: ((0.0,), (negative, 1.0))
+    )
+
+
+@rule(nn.LeakyReLU)
+def leaky_relu_module(module: nn.LeakyReLU, x: Node) -> Slope:
+    return _leaky(module.negative_slope)
+
+
+@rule(F.leaky_relu, F.leaky_relu_)
+def leaky_relu_function(x: Node, negative_slope: float = 0.01, inplace: bool = False) -> Slope:
+    return _leaky(negative_slope)
+
+
+@rule(nn.RReLU)
+def randomised_relu_module(module: nn.RReLU, x: Node) -> Slope:
+    return _leaky((module.lower + module.upper) / 2)
+
+
+@rule(nn.PReLU)
+def prelu_module(module: nn.PReLU, x: Node) -> Slope:
+    weight = attribute(module, "weight")
+    assert weight is not None
+    return _prelu(x, weight)
+
+
+@rule(F.prelu)
+def prelu_function(x: Node, weight) -> Slope:
+    return _prelu(x, weight)
+
+
+def _prelu(x: Node, weight: Callable[[], Tensor]) -> Slope:
+    column = (-1, *(1,) * (len(x.shape) - 1))
+    return piecewise_linear(
+        lambda t: F.prelu(t, weight().to(t)), lambda: ((0.0,), (weight().reshape(column), 1.0))
+    )
+
+
+@rule(nn.Softshrink)
+def softshrink_module(module: nn.Softshrink, x: Node) -> Slope:
+    return softshrink_function(x, module.lambd)
+
+
+@rule(F.softshrink)
+def softshrink_function(x: Node, lambd: float = 0.5) -> Slope:
+    ends = (-lambd, lambd)
+    return piecewise_linear(lambda t: F.softshrink(t, lambd), lambda: (ends, (1.0, 0.0, 1.0)))
+
+
+@rule(nn.Hardsigmoid, F.hardsigmoid)
+def hardsigmoid(*args, inplace: bool = False) -> Slope:
+    return piecewise_linear(F.hardsigmoid, lambda: ((-3.0, 3.0), (0.0, 1 / 6, 0.0)))
+
+
+@rule(nn.Tanh, torch.tanh, F.tanh, "tanh", "tanh_")
+def tanh(*args) -> Slope:
+    return smooth(torch.tanh, lambda t: 1 - t.tanh().square(), (0.0,), limits=(-1.0, 1.0))
+
+
+@rule(nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_")
+def sigmoid(*args) -> Slope:
+    def derivative(t: Tensor) -> Tensor:
+        return t.sigmoid() * (-t).sigmoid()
+
+    return smooth(torch.sigmoid, derivative, (0.0,), limits=(0.0, 1.0))
+
+
+@rule(nn.Softplus)
+def softplus_module(module: nn.Softplus, x: Node) -> Slope:
+    return softplus_function(x, module.beta, module.threshold)
+
+
+@rule(F.softplus)
+def softplus_function(x: Node, beta: float = 1.0, threshold: float = 20.0) -> Slope:
+    # Beyond the threshold torch returns x itself, 2e-9 / beta below: taken as rounding.
+    return smooth(
+        lambda t: F.softplus(t, beta, threshold),
+        lambda t: (beta * t).sigmoid(),
+        tails=(0.0, 1.0),
+        limits=(0.0, math.inf),
+    )
+
+
+@rule(nn.LogSigmoid, F.logsigmoid)
+def log_sigmoid(*args) -> Slope:
+    return smooth(
+        F.logsigmoid, lambda t: (-t).sigmoid(), tails=(1.0, 0.0), limits=(-math.inf, 0.0)
+    )
+
+
+@rule(nn.SiLU, F.silu)
+def silu(*args, inplace: bool = False) -> Slope:
+    def derivative(t: Tensor) -> Tensor:
+        gate = t.sigmoid()
+        return gate * (1 + t * (-t).sigmoid())
+
+    peaks = (-SILU_PEAK, SILU_PEAK)
+    return smooth(F.silu, derivative, peaks, (0.0, 1.0), (SILU_TURN,), (0.0, math.inf))
+
+
+@rule(nn.GELU)
+def gelu_module(module: nn.GELU, x: Node) -> Slope:
+    return gelu_function(x, module.approximate)
+
+
+@rule(F.gelu)
+def gelu_function(x: Node, approximate: str = "none") -> Slope:
+    scale = math.sqrt(2 / math.pi)
+
+    def exact(t: Tensor) -> Tensor:
+        density = (-t.square() / 2).exp() / math.sqrt(2 * math.pi)
+        return (1 + torch.erf(t / math.sqrt(2))) / 2 + t * density
+
+    def by_tanh(t: Tensor) -> Tensor:
+        gate = (scale * (t + 0.044715 * t**3)).tanh()
+        steepness = scale * (1 + 3 * 0.044715 * t.square())
+        return (1 + gate) / 2 + t / 2 * (1 - gate.square()) * steepness
+
+    if approximate == "tanh":
+        derivative, peak, turn = by_tanh, GELU_TANH_PEAK, GELU_TANH_TURN
+    else:
+        derivative, peak, turn = exact, math.sqrt(2), GELU_TURN
+    fn = lambda t: F.gelu(t, approximate=approximate)  # noqa: E731
+    return smooth(fn, derivative, (-peak, peak), (0.0, 1.0), (turn,), (0.0, math.inf))
+
+
+@rule(nn.Mish, F.mish)
+def mish(*args, inplace: bool = False) -> Slope:
+    def derivative(t: Tensor) -> Tensor:
+        gate = F.softplus(t).tanh()
+        return gate + t * (1 - gate.square()) * t.sigmoid()
+
+    return smooth(F.mish, derivative, MISH_PEAKS, (0.0, 1.0), (MISH_TURN,), (0.0, math.inf))
+
+
+@rule(nn.Hardswish, F.hardswish)
+def hardswish(*args, inplace: bool = False) -> Slope:
+    def derivative(t: Tensor) -> Tensor:
+        middle = (2 * t + 3) / 6
+        return torch.where(t < -3, 0, torch.where(t > 3, 1, middle))
+
+    return smooth(
+        F.hardswish, derivative, (-3.0, 3.0), (0.0, 1.0), (-1.5,), (0.0, math.inf)
+    )
+
+
+def _elu(fn: Callable[[Tensor], Tensor], alpha: float, gain: float, width: float) -> Slope:
+    """gain x above zero, gain alpha (exp(x / width) - 1) below."""
+
+    def derivative(t: Tensor) -> Tensor:
+        below = gain * alpha / width * (t.clamp(max=0) / width).exp()
+        return torch.where(t > 0, gain, below)
+
+    limits = (-gain * alpha, math.inf)
+    return smooth(fn, derivative, (0.0,), (0.0, gain), (0.0,), limits)
+
+
+@rule(nn.ELU)
+def elu_module(module: nn.ELU, x: Node) -> Slope:
+    return elu_function(x, module.alpha)
+
+
+@rule(F.elu, F.elu_)
+def elu_function(x: Node, alpha: float = 1.0, inplace: bool = False) -> Slope:
+    return _elu(lambda t: F.elu(t, alpha), alpha, 1.0, 1.0)
+
+
+@rule(nn.SELU, F.selu)
+def selu(*args, inplace: bool = False) -> Slope:
+    return _elu(F.selu, 1.6732632423543772, 1.0507009873554805, 1.0)
+
+
+@rule(nn.CELU)
+def celu_module(module: nn.CELU, x: Node) -> Slope:
+    return celu_function(x, module.alpha)
+
+
+@rule(F.celu)
+def celu_function(x: Node, alpha: float = 1.0, inplace: bool = False) -> Slope:
+    if alpha <= 0:
+        raise LipcertError(f"CELU with alpha = {alpha} grows exponentially; use alpha > 0")
+    return _elu(lambda t: F.celu(t, alpha), alpha, 1.0, alpha)
+
+
+@rule(nn.Softsign, F.softsign)
+def softsign(*args) -> Slope:
+    return smooth(F.softsign, lambda t: (1 + t.abs()) ** -2, (0.0,), limits=(-1.0, 1.0))
+
+
+@rule(nn.Tanhshrink, F.tanhshrink)
+def tanhshrink(*args) -> Slope:
+    return smooth(F.tanhshrink, lambda t: t.tanh().square(), (0.0,), (1.0, 1.0))
+
+
+@rule(torch.atan, "atan")
+def atan(x: Node) -> Slope:
+    limits = (-math.pi / 2, math.pi / 2)
+    return smooth(torch.atan, lambda t: 1 / (1 + t.square()), (0.0,), limits=limits)
+
+
+@rule(torch.erf, "erf")
+def erf(x: Node) -> Slope:
+    peak = 2 / math.sqrt(math.pi)
+    return smooth(torch.erf, lambda t: peak * (-t.square()).exp(), (0.0,), limits=(-1.0, 1.0))
+
+
+@rule(torch.asinh, "asinh")
+def asinh(x: Node) -> Slope:
+    return smooth(torch.asinh, lambda t: (1 + t.square()).rsqrt(), (0.0,))
+
+
+@rule(torch.sin, "sin")
+def sin(x: Node) -> Slope:
+    return everywhere(torch.sin, (-1.0, 1.0), (-1.0, 1.0))
+
+
+@rule(torch.cos, "cos")
+def cos(x: Node) -> Slope:
+    return everywhere(torch.cos, (-1.0, 1.0), (-1.0, 1.0))
+
+
+refuse(
+    *(nn.Threshold, F.threshold, nn.Hardshrink, F.hardshrink, torch.sign, "sign"),
+    *(torch.round, "round", torch.floor, "floor"),
+    because="it jumps, so it has no Lipschitz constant; use a clamp or Softshrink",
+)
+refuse(
+    *(torch.exp, "exp", torch.square, "square", torch.pow, "pow", torch.sqrt, "sqrt"),
+    *(torch.log, "log", torch.reciprocal, "reciprocal", torch.rsqrt, "rsqrt"),
+    because="its slope has no bound; clamp its input and write a rule for both together",
+)
+refuse(nn.GLU, F.glu, because="a product of two functions of the input is not Lipschitz")

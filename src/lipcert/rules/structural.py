@@ -1,0 +1,249 @@
+"""Rules of ops that copy, add, scale or stack values: reshapes, slices, sums, concatenations."""
+
+import builtins
+import operator
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lipcert.errors import LipcertError
+from lipcert.graph import Affine, Concat, Node, Sum, node
+from lipcert.linear_map import Index, Scale, identity
+from lipcert.rules.registry import Live, live, rule
+
+# Rules see batches of this size; two samples show whether an op keeps them apart.
+BATCH = 2
+
+
+def copying(fn: Callable[[Tensor], Tensor], x: Node) -> Affine:
+    """The map of an op whose outputs are copies of inputs, or zeros.
+
+    Found by pushing the positions 1, 2, ... of two samples through the op.
+
+    Raises:
+        LipcertError: The op mixes the samples of the batch.
+    """
+    size = identity(x.shape).in_size
+    positions = torch.arange(1, BATCH * size + 1, dtype=torch.float64)
+    moved = fn(positions.reshape(BATCH, *x.shape)).round().long()
+    first = moved[0]
+    if len(moved) != BATCH or not torch.equal(moved[1], first + size * (first > 0)):
+        raise LipcertError("it mixes the samples of the batch; keep the first axis as it is")
+    index = Index(x.shape, tuple(first.shape), first - 1)
+    return Affine(lambda: index)
+
+
+@rule(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+def unchanged_module(module: nn.Module, x: Node) -> Node:
+    return x
+
+
+@rule(F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout)
+def unchanged_by_dropout(x: Node, p: float = 0.5, training: bool = True, *rest, **named) -> Node:
+    if training:
+        raise LipcertError("it is random whatever the mode of the module; pass self.training")
+    return x
+
+
+@rule(torch.clone, "clone", "contiguous", "detach", "requires_grad_")
+def unchanged(x: Node, *args, **named) -> Node:
+    return x
+
+
+def _copy_rule(*keys, fn: Callable) -> None:
+    @rule(*keys)
+    def copy(x: Node, *args, **named) -> Affine:
+        return copying(lambda t: fn(t, *args, **named), x)
+
+
+for _keys, _fn in (
+    ((torch.flatten, "flatten"), torch.flatten),
+    ((torch.reshape, "reshape", "view"), lambda t, *s: t.reshape(*s)),
+    ((torch.permute, "permute"), lambda t, *d: t.permute(*d)),
+    ((torch.transpose, "transpose"), torch.transpose),
+    ((torch.movedim, "movedim"), torch.movedim),
+    ((torch.squeeze, "squeeze"), torch.squeeze),
+    ((torch.unsqueeze, "unsqueeze"), torch.unsqueeze),
+    ((torch.roll, "roll"), torch.roll),
+    ((torch.flip, "flip"), torch.flip),
+    ((torch.narrow, "narrow"), torch.narrow),
+    ((torch.select, "select"), torch.select),
+    (("expand",), lambda t, *s: t.expand(*s)),
+    (("repeat",), lambda t, *s: t.repeat(*s)),
+    ((torch.repeat_interleave, "repeat_interleave"), torch.repeat_interleave),
+    ((torch.unflatten, "unflatten"), torch.unflatten),
+    ((F.pixel_shuffle,), F.pixel_shuffle),
+    ((F.pixel_unshuffle,), F.pixel_unshuffle),
+    ((F.unfold,), F.unfold),
+    ((torch.channel_shuffle,), torch.channel_shuffle),
+):
+    _copy_rule(*_keys, fn=_fn)
+
+
+@rule(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold)
+def copying_module(module: nn.Module, x: Node) -> Affine:
+    return copying(module, x)
+
+
+@rule(
+    *(getattr(nn, f"{kind}Pad{n}d") for n in (1, 2, 3) for kind in ("Zero", "Reflection")),
+    *(getattr(nn, f"{kind}Pad{n}d") for n in (1, 2, 3) for kind in ("Replication", "Circular")),
+)
+def padding_module(module: nn.Module, x: Node) -> Affine:
+    return copying(module, x)
+
+
+@rule(builtins.getattr)
+def tensor_attribute(x: Node, name: str) -> Affine:
+    if name not in ("T", "mT"):
+        raise LipcertError(f"the attribute .{name} has no rule")
+    return copying(lambda t: getattr(t, name), x)
+
+
+@rule(operator.getitem)
+def item(x: Node | tuple, index) -> Node | Affine:
+    if isinstance(x, Node):
+        return copying(lambda t: t[index], x)
+    return x[index]
+
+
+def _pieces(x: Node, fn: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Node, ...]:
+    count = len(fn(torch.zeros(BATCH, *x.shape)))
+    return tuple(node(copying(lambda t, i=i: fn(t)[i], x), x) for i in range(count))
+
+
+for _keys, _fn in (
+    ((torch.chunk, "chunk"), torch.chunk),
+    ((torch.split, "split"), torch.split),
+    ((torch.unbind, "unbind"), torch.unbind),
+    ((torch.tensor_split, "tensor_split"), torch.tensor_split),
+):
+
+    @rule(*_keys)
+    def pieces(x: Node, *args, _fn=_fn, **named) -> tuple[Node, ...]:
+        return _pieces(x, lambda t: _fn(t, *args, **named))
+
+
+def _layout(parts: list[Tensor], join: Callable[[list[Tensor]], Tensor]) -> Index:
+    """Where the parts, flattened and stacked, end up in the joined array (without batch)."""
+    sizes = [p[0].numel() for p in parts]
+    positions = torch.arange(sum(sizes), dtype=torch.float64).split(sizes)
+    shaped = [q.reshape(1, *p.shape[1:]) for q, p in zip(positions, parts, strict=True)]
+    source = join(shaped)[0].long()
+    return Index((sum(sizes),), tuple(source.shape), source)
+
+
+def _joined(parts: list[Node | Live], dim: int, join: Callable) -> Node:
+    nodes = [p for p in parts if isinstance(p, Node)]
+    if len(nodes) != len(parts):
+        raise LipcertError("joining with a constant has no rule; add the constant later instead")
+    like = [torch.zeros(1, *p.shape) for p in nodes]
+    if dim % join(like).ndim == 0:
+        raise LipcertError("along the batch axis it mixes the samples")
+    index = _layout(like, join)
+    return node(Affine(lambda: index), node(Concat(), *nodes))
+
+
+@rule(torch.cat, torch.concat, torch.concatenate)
+def cat(tensors, dim: int = 0) -> Node:
+    return _joined(list(tensors), dim, lambda ts: torch.cat(ts, dim))
+
+
+@rule(torch.stack)
+def stack(tensors, dim: int = 0) -> Node:
+    return _joined(list(tensors), dim, lambda ts: torch.stack(ts, dim))
+
+
+def _broadcast(x: Node, shape: torch.Size) -> Node:
+    if x.shape == tuple(shape):
+        return x
+    return node(copying(lambda t: _align(t, len(shape)).expand(BATCH, *shape), x), x)
+
+
+def _align(t: Tensor, rank: int) -> Tensor:
+    """Broadcasting lines shapes up at the end; the batch axis must stay in front."""
+    if t.ndim != rank + 1:
+        raise LipcertError("operands of different rank; reshape one of them first")
+    return t
+
+
+def _scaled(x: Node, factor: Live) -> Node:
+    def map() -> Scale:
+        value = factor()
+        if value.ndim > len(x.shape):
+            value = value[0]
+        return Scale(x.shape, x.shape, value)
+
+    probe = factor()
+    if probe.ndim > len(x.shape) and len(probe) != 1:
+        raise LipcertError("a factor that differs between the samples of the batch")
+    inner = probe.shape[1:] if probe.ndim > len(x.shape) else probe.shape
+    if torch.broadcast_shapes(x.shape, inner) != torch.Size(x.shape):
+        raise LipcertError(f"a factor of shape {tuple(probe.shape)} enlarges {x.shape}; expand")
+    return node(Affine(map), x)
+
+
+def _shifted(x: Node, shift: Live) -> Node:
+    def bias() -> Tensor:
+        value = shift()
+        return value[0] if value.ndim > len(x.shape) else value
+
+    if torch.broadcast_shapes(x.shape, bias().shape) != torch.Size(x.shape):
+        raise LipcertError(f"a shift of shape {tuple(shift().shape)} enlarges {x.shape}; expand")
+    same = identity(x.shape)
+    return node(Affine(lambda: same, bias), x)
+
+
+def _times(x: Node, factor: float) -> Node:
+    number = live(factor)
+    assert number is not None
+    return x if factor == 1 else _scaled(x, number)
+
+
+@rule(operator.add, torch.add, "add", "add_", "__add__")
+def add(x, y, *, alpha: float = 1) -> Node:
+    if isinstance(x, Node) and isinstance(y, Node):
+        shape = torch.broadcast_shapes(x.shape, y.shape)
+        return node(Sum(), _broadcast(x, shape), _times(_broadcast(y, shape), alpha))
+    if isinstance(x, Node):
+        constant = _as_live(y)
+        return _shifted(x, Live(lambda: alpha * constant()))
+    return _shifted(_times(y, alpha), _as_live(x))
+
+
+def _as_live(value) -> Live:
+    constant = live(value)
+    assert constant is not None
+    return constant
+
+
+@rule(operator.sub, torch.sub, "sub", "sub_", "__sub__")
+def subtract(x, y, *, alpha: float = 1) -> Node:
+    return add(x, y, alpha=-alpha)
+
+
+@rule(torch.rsub, "__rsub__")
+def subtract_from(x, y, *, alpha: float = 1) -> Node:
+    return subtract(y, x, alpha=alpha)
+
+
+@rule(operator.neg, torch.neg, "neg")
+def negative(x: Node) -> Node:
+    return _times(x, -1.0)
+
+
+@rule(operator.mul, torch.mul, "mul", "mul_", "__mul__")
+def multiply(x, y) -> Node:
+    if isinstance(x, Node) and isinstance(y, Node):
+        raise LipcertError("a product of two functions of the input is not Lipschitz")
+    return _scaled(x, _as_live(y)) if isinstance(x, Node) else _scaled(y, _as_live(x))
+
+
+@rule(operator.truediv, torch.div, "div", "div_", "__truediv__")
+def divide(x, y) -> Node:
+    if isinstance(y, Node):
+        raise LipcertError("division by a function of the input is not Lipschitz")
+    divisor = _as_live(y)
+    return _scaled(x, Live(lambda: 1 / divisor()))

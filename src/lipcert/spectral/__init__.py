@@ -1,0 +1,11 @@
+"""Strategies for the spectral norm of a linear map, one a file."""
+
+from lipcert.spectral.auto import Auto
+from lipcert.spectral.exact import Exact
+from lipcert.spectral.fourier import Fourier
+from lipcert.spectral.gram import Gram
+from lipcert.spectral.lanczos import Lanczos
+from lipcert.spectral.power_iteration import PowerIteration
+from lipcert.spectral.strategy import Strategy
+
+__all__ = ["Auto", "Exact", "Fourier", "Gram", "Lanczos", "PowerIteration", "Strategy"]

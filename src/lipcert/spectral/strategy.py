@@ -1,0 +1,57 @@
+"""What a spectral-norm strategy is."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lipcert.kinds import Constant, Kind
+from lipcert.linear_map import LinearMap
+
+
+@dataclass(frozen=True)
+class Strategy(ABC):
+    """A way to get the spectral norm (largest singular value) of a linear map.
+
+    Strategies are values without state. One that improves from call to call takes a vector of the
+    map's `in_shape` and hands back a better one; whoever calls it keeps the vector.
+    """
+
+    kind: ClassVar[Kind]
+
+    @abstractmethod
+    def __call__(self, map: LinearMap) -> Constant:
+        """The norm of the map, differentiable in its weights.
+
+        Raises:
+            LipcertError: The strategy does not fit this map; the message names one that does.
+        """
+
+    def start(self, map: LinearMap) -> Tensor | None:
+        """A vector to start from, or None for a strategy that keeps none."""
+        return None
+
+    def refine(self, map: LinearMap, vector: Tensor) -> tuple[Constant, Tensor]:
+        """The norm and a better vector; only for strategies whose `start` gives one."""
+        raise NotImplementedError
+
+
+def differentiable(value: Tensor, map: LinearMap, vector: Tensor) -> Tensor:
+    """`value`, with the gradient that ||A v|| has at the unit top singular vector v.
+
+    That is u^T dA v, the gradient of the largest singular value (a subgradient where it is not
+    simple), at the price of one application.
+
+    Args:
+        value: The spectral norm, a scalar.
+        map: The map A, in the precision of `vector`.
+        vector: v, shape `in_shape`, or `out_shape` to differentiate the adjoint instead.
+    """
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in map.tensors())):
+        return value
+    on_input = vector.shape == map.in_shape
+    image = map.apply(vector[None]) if on_input else map.adjoint(vector[None])
+    norm = torch.linalg.vector_norm(image)
+    return value + (norm - norm.detach())
