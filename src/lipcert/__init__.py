@@ -1,3 +1,70 @@
-"""Lipcert: train classifiers whose robustness can be proved, and prove it."""
+"""Lipcert: train classifiers whose robustness can be proved, and prove it.
+
+The names below are the public interface; each is imported when it is first used, so that
+`import lipcert` and `lipcert --help` are quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
+
+_HOME = {
+    "Auto": "lipcert.spectral",
+    "Certificate": "lipcert.certificate",
+    "Constant": "lipcert.kinds",
+    "Exact": "lipcert.spectral",
+    "Fourier": "lipcert.spectral",
+    "Gram": "lipcert.spectral",
+    "Kind": "lipcert.kinds",
+    "Lanczos": "lipcert.spectral",
+    "LipcertError": "lipcert.errors",
+    "MarginConstants": "lipcert.bounds",
+    "PowerIteration": "lipcert.spectral",
+    "Product": "lipcert.bounds",
+    "average_certified_radius": "lipcert.certificate",
+    "certified_accuracy": "lipcert.certificate",
+    "certify": "lipcert.certificate",
+    "clean_accuracy": "lipcert.certificate",
+    "lipschitz": "lipcert.constants",
+    "pgd": "lipcert.adversary",
+    "rule": "lipcert.rules",
+    "spectral_norm": "lipcert.constants",
+    "trace": "lipcert.tracing",
+}
+_MODULES = ("data", "graph", "layers", "losses", "models", "recipes", "schedules")
+
+__all__ = sorted([*_HOME, *_MODULES, "__version__"])
+
+if TYPE_CHECKING:
+    from lipcert import data, graph, layers, losses, models, recipes, schedules
+    from lipcert.adversary import pgd
+    from lipcert.bounds import MarginConstants, Product
+    from lipcert.certificate import (
+        Certificate,
+        average_certified_radius,
+        certified_accuracy,
+        certify,
+        clean_accuracy,
+    )
+    from lipcert.constants import lipschitz, spectral_norm
+    from lipcert.errors import LipcertError
+    from lipcert.kinds import Constant, Kind
+    from lipcert.rules import rule
+    from lipcert.spectral import Auto, Exact, Fourier, Gram, Lanczos, PowerIteration
+    from lipcert.tracing import trace
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"lipcert.{name}")
+    else:
+        raise AttributeError(f"module 'lipcert' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -40,7 +40,7 @@ class Constant:
     failure: float = 0.0
 
     def __float__(self) -> float:
-        return float(self.value)
+        return float(self.value.detach())
 
     def __repr__(self) -> str:
         failure = f", failure={self.failure:.1e}" if self.failure else ""

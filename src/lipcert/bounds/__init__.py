@@ -1,0 +1,6 @@
+"""Bounds, one method a file: each turns a graph into constants of logit differences."""
+
+from lipcert.bounds.margin import Bound, MarginConstants
+from lipcert.bounds.product import Layer, Product
+
+__all__ = ["Bound", "Layer", "MarginConstants", "Product"]

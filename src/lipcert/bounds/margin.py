@@ -1,0 +1,80 @@
+"""What every bound gives: constants of logit differences, and what they claim."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lipcert.errors import LipcertError
+from lipcert.graph import Graph
+from lipcert.kinds import Kind
+
+
+@dataclass(frozen=True, eq=False)
+class MarginConstants:
+    """K with: for every x' with |x' - x| = r <= valid_radius, f_i - f_j falls by at most K_ij r.
+
+    Pairs (i, j) are ordered, the diagonal means nothing and is never read. Units: logits per unit
+    of input, in L2.
+
+    Attributes:
+        row: `classes (b,) -> (b, c)`: K_ij for i = classes[b] and every j, computed when asked
+            for, so that many classes need no c x c array.
+        classes: c.
+        kind: What the constants claim.
+        failure: Probability that the claim is false (0 unless probabilistic).
+        batch: Number of samples of a local bound; None for a global one, true for every x.
+        valid_radius: Up to which distance the claim holds, `(b,)`; infinite for a global bound.
+    """
+
+    row: Callable[[Int[Tensor, " b"]], Float[Tensor, "b c"]]
+    classes: int
+    kind: Kind
+    failure: float = 0.0
+    batch: int | None = None
+    valid_radius: Tensor | float = math.inf
+
+    def dense(self) -> Float[Tensor, "b c c"]:
+        """All pairs: b is 1 for a global bound, the batch for a local one."""
+        if self.batch is None:
+            return self.row(torch.arange(self.classes))[None]
+        rows = [self.row(torch.full((self.batch,), i)) for i in range(self.classes)]
+        return torch.stack(rows, 1)
+
+
+class Bound(nn.Module):
+    """A Lipschitz bound of a traced network: a module whose state is its singular vectors.
+
+    Attributes:
+        graph: The traced network; its weights are read anew at each call.
+        local: Whether the constants hold only around the given samples.
+    """
+
+    local = False
+
+    def __init__(self, graph: Graph):
+        super().__init__()
+        self.graph = graph
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
+        """The constants; a local bound needs the batch, a global one does not look at it."""
+
+    @property
+    def classes(self) -> int:
+        """Number of logits.
+
+        Raises:
+            LipcertError: The network's output is not one logit a class.
+        """
+        shape = self.graph.output.shape
+        if len(shape) != 1 or shape[0] < 2:
+            raise LipcertError(
+                f"Margins need one logit a class, and at least two; the network's output has shape "
+                f"{shape}. For its Lipschitz constant alone use lc.lipschitz(net, input_shape)."
+            )
+        return shape[0]

@@ -1,0 +1,206 @@
+"""The product bound: norms multiplied along the network, for any traced graph.
+
+Affine pieces count their spectral norm, elementwise functions their steepest slope, sums the sum
+and concatenations the root of the squares of what they join. A margin f_i - f_j goes through the
+last affine piece W exactly: K_ij = L |W_i - W_j| with L the bound of what feeds it.
+
+Reference: arXiv 1802.04034 (LMT), Propositions 1 and 2; arXiv 2102.08452 (GloRo).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lipcert.bounds.margin import Bound, MarginConstants
+from lipcert.graph import Affine, Concat, Graph, Input, Lipschitz, Node, Slope, Sum
+from lipcert.kinds import Constant, Kind, weakest
+from lipcert.linear_map import Dense, LinearMap
+from lipcert.simplify import simplify
+from lipcert.spectral import Auto, Strategy
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row of a bound's table.
+
+    Attributes:
+        node: The node.
+        gain: The node's own constant; None for sums, concatenations and the input.
+        prefix: The bound from the input up to and including the node.
+    """
+
+    node: Node
+    gain: Constant | None
+    prefix: Constant
+
+
+class Product(Bound):
+    """The global product bound.
+
+    Args:
+        graph: A traced network.
+        norm: How spectral norms are computed. The default gives true upper bounds; for training
+            `PowerIteration(1)` keeps one vector a piece from call to call, as buffers of this
+            module, and costs about one extra sample a step.
+    """
+
+    def __init__(self, graph: Graph, norm: Strategy | None = None):
+        super().__init__(graph)
+        self.norm = Auto() if norm is None else norm
+        self._buffer_of: dict[Node, str] = {}
+        for place, n in enumerate(graph):
+            if isinstance(n.op, Affine):
+                with torch.no_grad():
+                    vector = self.norm.start(simplify(n.op.map()))
+                if vector is not None:
+                    self._buffer_of[n] = f"vector_{place}"
+                    self.register_buffer(f"vector_{place}", vector)
+
+    def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
+        """The constants of all pairs; `x` is not looked at."""
+        classes = self.classes
+        with _full_precision(self.graph):
+            tail = _tail(self.graph.output)
+            reached = self._sweep([source for _, source in tail])
+            heads = [None if map is None else _rows(map) for map, _ in tail]
+        lengths = [reached[source].prefix for _, source in tail]
+
+        def row(wanted: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
+            terms = zip(lengths, heads, strict=True)
+            return sum(_distances(w, wanted, classes, le.value) * le.value for le, w in terms)  # type: ignore[return-value]
+
+        kind = weakest(length.kind for length in lengths)
+        return MarginConstants(row, classes, kind, _failure(reached))
+
+    def lipschitz(self) -> Constant:
+        """A Lipschitz constant of the whole output vector."""
+        return self.prefix(self.graph.output)
+
+    def per_output(self) -> Constant:
+        """Lipschitz constants of the single logits; `value` has shape `(classes,)`."""
+        with _full_precision(self.graph):
+            tail = _tail(self.graph.output)
+            reached = self._sweep([source for _, source in tail])
+            total = torch.zeros(self.graph.output.shape[0], dtype=torch.float64)
+            for map, source in tail:
+                size = 1 if map is None else torch.linalg.vector_norm(_rows(map), dim=1)
+                total = total + reached[source].prefix.value * size
+        kind = weakest(layer.prefix.kind for layer in reached.values())
+        return Constant(total, kind, _failure(reached))
+
+    def prefix(self, upto: Node | str) -> Constant:
+        """A Lipschitz constant of the function from the input to a node (or its name)."""
+        target = self.graph.node(upto) if isinstance(upto, str) else upto
+        with _full_precision(self.graph):
+            return self._sweep([target])[target].prefix
+
+    def layers(self) -> list[Layer]:
+        """Every node with its own constant and the bound up to it."""
+        with _full_precision(self.graph):
+            return list(self._sweep([self.graph.output]).values())
+
+    def _sweep(self, targets: list[Node]) -> dict[Node, Layer]:
+        """Forward over the graph, as far as the targets need."""
+        needed = set(targets)
+        for n in reversed(self.graph.nodes):
+            if n in needed:
+                needed.update(n.inputs)
+        layers: dict[Node, Layer] = {}
+        for n in self.graph:
+            if n in needed:
+                gain = self._gain(n)
+                before = [layers[i].prefix for i in n.inputs]
+                parts = [*before, *([gain] if gain else [])]
+                kind = weakest(part.kind for part in parts)
+                prefix = Constant(_combine(n, gain, before), kind)
+                layers[n] = Layer(n, gain, prefix)
+        return layers
+
+    def _gain(self, n: Node) -> Constant | None:
+        match n.op:
+            case Affine(map=map):
+                return self._spectral_norm(n, map())
+            case Slope(secants=secants):
+                return Constant(_steepest(secants, n.shape), Kind.UPPER)
+            case Lipschitz(constant=constant, kind=kind):
+                return Constant(torch.as_tensor(constant(), dtype=torch.float64), kind)
+            case _:
+                return None
+
+    def _spectral_norm(self, n: Node, map: LinearMap) -> Constant:
+        name = self._buffer_of.get(n)
+        if name is None:
+            return self.norm(map)
+        vector = getattr(self, name)
+        constant, better = self.norm.refine(simplify(map), vector)
+        setattr(self, name, better)  # a fresh tensor: the old one may be in someone's graph
+        return constant
+
+
+def _full_precision(graph: Graph):
+    """Autocast off: a constant is never computed in half precision."""
+    device = next((t.device.type for t in graph.model.parameters()), "cpu")
+    return torch.autocast(device, enabled=False)
+
+
+def _combine(n: Node, gain: Constant | None, before: list[Constant]) -> Tensor:
+    match n.op:
+        case Input():
+            return torch.ones((), dtype=torch.float64)
+        case Sum():
+            return torch.stack([b.value for b in before]).sum()
+        case Concat():
+            return torch.linalg.vector_norm(torch.stack([b.value for b in before]))
+        case _:
+            assert gain is not None
+            return gain.value * before[0].value
+
+
+def _steepest(secants, shape: tuple[int, ...]) -> Tensor:
+    """The largest slope anywhere, in size."""
+    everywhere = torch.full((1,) * (len(shape) + 1), math.inf, dtype=torch.float64)
+    low, high = secants(-everywhere, everywhere)
+    return torch.maximum(low.abs().max(), high.abs().max())
+
+
+def _tail(output: Node) -> list[tuple[LinearMap | None, Node]]:
+    """The output as a sum of affine maps (None: the identity) of nodes."""
+    ends = output.inputs if isinstance(output.op, Sum) else (output,)
+    return [
+        (n.op.map(), n.inputs[0]) if isinstance(n.op, Affine) else (None, n) for n in ends
+    ]
+
+
+def _rows(map: LinearMap) -> Float[Tensor, "classes n"]:
+    """The rows of the map's matrix."""
+    map = simplify(map)
+    if isinstance(map, Dense) and len(map.in_shape) == 1:
+        return map.weight
+    basis = torch.eye(map.out_size, dtype=map.like.dtype, device=map.like.device)
+    return map.adjoint(basis.reshape(-1, *map.out_shape)).flatten(1)
+
+
+def _distances(
+    rows: Float[Tensor, "classes n"] | None, wanted: Int[Tensor, " b"], classes: int, like: Tensor
+) -> Float[Tensor, "b classes"]:
+    """|W_i - W_j| for the wanted i and every j, from the differences themselves.
+
+    (Through W W^T equal rows would come out as a large number times the rounding error.)
+    """
+    if rows is None:  # the unit vectors
+        other = torch.arange(classes, device=like.device) != wanted.to(like.device)[:, None]
+        return math.sqrt(2) * other.to(like.dtype)
+    wanted = wanted.to(rows.device)
+    rows = rows.to(torch.promote_types(rows.dtype, like.dtype))
+    exactly = "donot_use_mm_for_euclid_dist"
+    if len(rows) <= len(wanted):
+        return torch.cdist(rows, rows, compute_mode=exactly)[wanted]
+    return torch.cdist(rows[wanted], rows, compute_mode=exactly)
+
+
+def _failure(layers: dict[Node, Layer]) -> float:
+    """The union bound over every norm used."""
+    return min(1.0, sum(layer.gain.failure for layer in layers.values() if layer.gain))

@@ -1,0 +1,264 @@
+"""Certificates: the prediction of each sample with a radius inside which it cannot change."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lipcert.bounds import Bound, MarginConstants
+from lipcert.errors import LipcertError
+from lipcert.kinds import Kind
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """What was proved about each sample.
+
+    Attributes:
+        prediction: The predicted class, `(n,)`.
+        radius: L2 distance in input units up to which the prediction provably stays, `(n,)`,
+            float64, rounded down; 0 where nothing is proved (ties, NaN or infinite logits).
+        kind: What the claim is: an upper bound's proof, one that may fail, or an estimate.
+        failure: Probability that the claim is false (0 unless probabilistic).
+        margins: f_prediction - f_j, `(n, classes)`, float64, rounded down; the entry of the
+            prediction itself is infinite.
+        constants: K_prediction,j, `(n, classes)`, float64.
+        valid_radius: Up to which radius the constants hold, `(n,)`.
+    """
+
+    prediction: Int[Tensor, " n"]
+    radius: Float[Tensor, " n"]
+    kind: Kind
+    failure: float
+    margins: Float[Tensor, "n classes"]
+    constants: Float[Tensor, "n classes"]
+    valid_radius: Float[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.prediction)
+
+    def robust_at(self, eps: float) -> Bool[Tensor, " n"]:
+        """Whether the prediction provably stays for every x' with |x' - x| <= eps.
+
+        Tests margin > K eps itself (rounded up), not the rounded-down radius.
+
+        Raises:
+            LipcertError: eps is not a positive finite number.
+        """
+        eps = check_radius(eps)
+        fall = torch.nextafter(self.constants * eps, torch.tensor(math.inf, dtype=torch.float64))
+        kept = self.margins > fall
+        return kept.all(1) & (eps <= self.valid_radius) & self.constants.isfinite().all(1)
+
+
+def check_radius(eps: float) -> float:
+    """eps as a float.
+
+    Raises:
+        LipcertError: eps is not a positive finite number.
+    """
+    if not (eps > 0 and math.isfinite(eps)):
+        raise LipcertError(f"eps = {eps}: a radius must be a positive finite number, e.g. 36/255.")
+    return float(eps)
+
+
+def certify(
+    net: nn.Module,
+    x: Float[Tensor, "n ..."],
+    *,
+    bound: Bound,
+    batch_size: int = 512,
+    allow_estimate: bool = False,
+    on_batch: Callable[[int], object] | None = None,
+) -> Certificate:
+    """Certify the predictions of a network.
+
+    The network runs in eval mode (its mode is restored), in batches, with TF32 and autocast off.
+    A global bound is evaluated once.
+
+    Args:
+        net: The network that `bound` was traced from.
+        x: Inputs `(n, *input_shape)`, in the units in which radii are wanted (pixels in [0, 1]:
+            normalisation belongs inside the network).
+        bound: A bound of this network.
+        batch_size: Samples at a time.
+        allow_estimate: Accept a bound of kind estimate. What comes out is then no certificate,
+            and its `kind` says so.
+        on_batch: Called with the number of samples done after each batch (for progress bars).
+
+    Raises:
+        LipcertError: The bound is an estimate; it was traced from another network, or the network
+            changed since; NaN weights; wrong shape or precision of the inputs.
+    """
+    bound.graph.check(net)
+    _check_inputs(bound, x)
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        with torch.no_grad(), _ieee_float32(x.device.type):
+            constants = None if bound.local else bound()
+            if constants is not None:
+                _check_kind(constants.kind, allow_estimate)
+            parts = []
+            for batch in x.split(batch_size):
+                here = bound(batch) if constants is None else constants
+                _check_kind(here.kind, allow_estimate)
+                logits = net(_as_weights(batch, net))
+                parts.append(from_logits(logits, here))
+                if on_batch is not None:
+                    on_batch(sum(len(p) for p in parts))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return _joined(parts)
+
+
+def from_logits(logits: Float[Tensor, "n classes"], constants: MarginConstants) -> Certificate:
+    """The certificate of samples whose logits and constants are known.
+
+    A sample's radius against class j is its margin divided by K, its radius the least of these,
+    and never above the radius for which the constants hold. Rounded down at every step.
+    """
+    logits = logits.to("cpu", torch.float64)
+    prediction = logits.argmax(1)
+    own = logits.gather(1, prediction[:, None])
+    down = torch.tensor(-math.inf, dtype=torch.float64)
+    margins = torch.nextafter(own - logits, down)
+    itself = torch.nn.functional.one_hot(prediction, logits.shape[1]).bool()
+    margins = margins.masked_fill(itself, math.inf)
+    known = logits.isfinite().all(1, keepdim=True)
+    margins = margins.where(known, -math.inf)
+    rows = constants.row(prediction).to("cpu", torch.float64).masked_fill(itself, 0)
+    ratio = torch.nextafter(margins / rows, down).where(rows > 0, math.inf)
+    ratio = ratio.where((margins > 0) & rows.isfinite(), 0)
+    valid = torch.as_tensor(constants.valid_radius, dtype=torch.float64).expand(len(logits)).cpu()
+    radius = torch.minimum(ratio.amin(1), valid)
+    return Certificate(
+        prediction, radius, constants.kind, constants.failure, margins, rows, valid
+    )
+
+
+def _check_kind(kind: Kind, allow_estimate: bool) -> None:
+    if kind is Kind.ESTIMATE and not allow_estimate:
+        raise LipcertError(
+            "The bound is an estimate (power iteration approaches a norm from below), so it proves "
+            "nothing. Certify with a true bound, e.g. Product(graph, norm=Auto()), or pass "
+            "allow_estimate=True; every result then says 'estimate'."
+        )
+
+
+def _check_inputs(bound: Bound, x: Tensor) -> None:
+    if tuple(x.shape[1:]) != bound.graph.input_shape:
+        raise LipcertError(
+            f"The inputs have shape {tuple(x.shape)}; the bound was traced for (n, "
+            f"{', '.join(map(str, bound.graph.input_shape))})."
+        )
+    if len(x) == 0:
+        raise LipcertError("There are no samples to certify.")
+    weights = [p.dtype for p in bound.graph.model.parameters() if p.is_floating_point()]
+    bad = {t for t in weights if t not in (torch.float32, torch.float64)}
+    if bad:
+        raise LipcertError(
+            f"The network's weights are {', '.join(map(str, bad))}; certify in float32 or float64 "
+            "(net.float()): margins in half precision are not those that the bound speaks of."
+        )
+
+
+def _as_weights(batch: Tensor, net: nn.Module) -> Tensor:
+    like = next(net.parameters(), batch)
+    return batch.to(like.device, like.dtype)
+
+
+@contextlib.contextmanager
+def _ieee_float32(device: str) -> Iterator[None]:
+    """Float32 as it is: no TF32, no bfloat16 products, no autocast."""
+    precision = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _joined(parts: list[Certificate]) -> Certificate:
+    def cat(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    first = parts[0]
+    # One global bound was used throughout; local ones are used once each: a union bound.
+    local = len(parts) > 1 and bool(first.valid_radius.isfinite().any())
+    failure = min(1.0, sum(p.failure for p in parts)) if local else first.failure
+    names = "margins", "constants", "valid_radius"
+    return Certificate(
+        cat("prediction"), cat("radius"), first.kind, failure, *(cat(name) for name in names)
+    )
+
+
+def clean_accuracy(certificate: Certificate, labels: Int[Tensor, " n"]) -> float:
+    """Fraction of samples predicted right."""
+    return float((certificate.prediction == labels.cpu()).double().mean())
+
+
+def certified_accuracy(certificate: Certificate, labels: Int[Tensor, " n"], eps: float) -> float:
+    """Fraction predicted right and provably so within eps (CRA, also VRA)."""
+    right = certificate.prediction == labels.cpu()
+    return float((right & certificate.robust_at(eps)).double().mean())
+
+
+def average_certified_radius(certificate: Certificate, labels: Int[Tensor, " n"]) -> float:
+    """Mean certified radius, 0 for a wrong prediction (ACR)."""
+    right = certificate.prediction == labels.cpu()
+    return float(certificate.radius.where(right, 0).mean())
+
+
+def curve(
+    certificate: Certificate, labels: Int[Tensor, " n"], radii: Float[Tensor, " k"]
+) -> Float[Tensor, " k"]:
+    """Certified accuracy as a function of the radius: fraction right with a radius >= r."""
+    right = certificate.prediction == labels.cpu()
+    reached = certificate.radius.where(right, -1).sort().values
+    below = torch.searchsorted(reached, radii.to(reached))
+    return 1 - below.double() / len(reached)
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One row of the per-class table: all fractions of the samples of this class."""
+
+    label: int
+    samples: int
+    clean_accuracy: float
+    certified_accuracy: dict[float, float]
+    median_radius: float
+
+
+def per_class(
+    certificate: Certificate, labels: Int[Tensor, " n"], radii: list[float]
+) -> list[ClassResult]:
+    """Accuracy and certified accuracy class by class."""
+    labels = labels.cpu()
+    right = certificate.prediction == labels
+    robust = {eps: right & certificate.robust_at(eps) for eps in radii}
+    radius = certificate.radius.where(right, 0)
+    rows = []
+    for label in labels.unique().tolist():
+        members = labels == label
+        certified = {eps: float(ok[members].double().mean()) for eps, ok in robust.items()}
+        rows.append(
+            ClassResult(
+                label,
+                int(members.sum()),
+                float(right[members].double().mean()),
+                certified,
+                float(radius[members].median()),
+            )
+        )
+    return rows

@@ -1,0 +1,53 @@
+"""One-liners: the spectral norm of a layer, the Lipschitz constant of a network."""
+
+from torch import nn
+
+from lipcert.bounds import Product
+from lipcert.errors import LipcertError
+from lipcert.graph import Affine, Input
+from lipcert.kinds import Constant
+from lipcert.linear_map import Shape
+from lipcert.spectral import Strategy
+from lipcert.tracing import trace
+
+
+def spectral_norm(module: nn.Module, input_shape: Shape, norm: Strategy | None = None) -> Constant:
+    """The L2 operator norm of an affine layer, as the operator that it is on this input shape.
+
+    Args:
+        module: A layer or a sub-network that is affine: a convolution with its stride, padding,
+            dilation and groups, a dense layer, conv + BatchNorm, pooling by averages ...
+        input_shape: Shape of one input, without the batch.
+        norm: A strategy; `Auto()`, a true upper bound, by default.
+
+    Returns:
+        The norm with what it claims, differentiable in the layer's weights.
+
+    Raises:
+        LipcertError: The module is not affine.
+    """
+    graph = trace(module, input_shape)
+    if not isinstance(graph.output.op, Affine) or not isinstance(
+        graph.output.inputs[0].op, Input
+    ):
+        others = sorted({type(n.op).__name__ for n in graph if not isinstance(n.op, Affine | Input)})
+        raise LipcertError(
+            f"spectral_norm is for affine layers; this {type(module).__name__} holds other nodes "
+            f"({', '.join(others) or 'none: it returns its input'}). Use lc.lipschitz(net, "
+            "input_shape) for a bound on its Lipschitz constant."
+        )
+    return Product(graph, norm).lipschitz()
+
+
+def lipschitz(net: nn.Module, input_shape: Shape, norm: Strategy | None = None) -> Constant:
+    """An upper bound on the global L2 Lipschitz constant of a network (its output vector).
+
+    Args:
+        net: Any module made of ops with a known rule.
+        input_shape: Shape of one input, without the batch.
+        norm: A strategy for the spectral norms; `Auto()`, true upper bounds, by default.
+
+    Raises:
+        LipcertError: The network holds ops without a rule; all are listed.
+    """
+    return Product(trace(net, input_shape), norm).lipschitz()

@@ -1,0 +1,106 @@
+"""Schedules: functions of the training progress t in [0, 1] that return a value.
+
+They serve radii, learning rates and weights alike, and know nothing of epochs: a recipe keeps its
+shape when its length changes. Each is a frozen dataclass of numbers and prints as it is written.
+Below, s = clip((t - begin) / (until - begin), 0, 1): values are held outside [begin, until].
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lipcert.errors import LipcertError
+
+Schedule = Callable[[float], float]
+
+
+def _share(progress: float, begin: float, until: float) -> float:
+    return min(max((progress - begin) / (until - begin), 0.0), 1.0)
+
+
+def _check_span(schedule: object, begin: float, until: float) -> None:
+    if not 0 <= begin < until <= 1:
+        raise LipcertError(f"{schedule}: need 0 <= begin < until <= 1, as shares of the training")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """v(t) = value."""
+
+    value: float
+
+    def __call__(self, progress: float) -> float:
+        """The value at this progress."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Linear:
+    """v(t) = (1 - s) * start + s * end."""
+
+    start: float
+    end: float
+    begin: float = 0.0
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_span(self, self.begin, self.until)
+
+    def __call__(self, progress: float) -> float:
+        """The value at this progress."""
+        s = _share(progress, self.begin, self.until)
+        return (1 - s) * self.start + s * self.end
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """v(t) = (1 - w) * start + w * end with w = (1 - cos(pi * s)) / 2."""
+
+    start: float
+    end: float
+    begin: float = 0.0
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_span(self, self.begin, self.until)
+
+    def __call__(self, progress: float) -> float:
+        """The value at this progress."""
+        w = (1 - math.cos(math.pi * _share(progress, self.begin, self.until))) / 2
+        return (1 - w) * self.start + w * self.end
+
+
+@dataclass(frozen=True)
+class Steps:
+    """v(t) = value * factor^n with n the number of entries of ``at`` that are <= t."""
+
+    value: float
+    factor: float
+    at: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not all(0 <= step <= 1 for step in self.at):
+            raise LipcertError(f"{self}: the steps are shares of the training and lie in [0, 1]")
+
+    def __call__(self, progress: float) -> float:
+        """The value at this progress."""
+        return self.value * self.factor ** sum(progress >= step for step in self.at)
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """v(t) = start^(1 - s) * end^s with until = 1: straight on a logarithmic scale."""
+
+    start: float
+    end: float
+    begin: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_span(self, self.begin, 1.0)
+        if not (self.start > 0 and self.end > 0):
+            raise LipcertError(f"{self}: start and end must be > 0; Linear reaches 0")
+
+    def __call__(self, progress: float) -> float:
+        """The value at this progress."""
+        s = _share(progress, self.begin, 1.0)
+        return self.start ** (1 - s) * self.end**s
