@@ -12,7 +12,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int
@@ -84,7 +83,7 @@ class LinearMap(ABC):
         tensors = self.tensors()
         return next((t for t in tensors if t.ndim), *tensors[:1] or [torch.zeros(())])
 
-    def to(self, dtype: torch.dtype) -> Self:
+    def to(self, dtype: torch.dtype) -> "LinearMap":
         """The same map with its weights in another precision; still differentiable in them."""
 
         def cast(value):

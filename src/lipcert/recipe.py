@@ -14,7 +14,7 @@ from lipcert.errors import LipcertError
 from lipcert.graph import Graph
 from lipcert.losses import Loss
 from lipcert.radii import parse_radius
-from lipcert.schedules import Schedule
+from lipcert.schedules import Constant, Schedule
 
 Optimiser = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 
@@ -74,8 +74,8 @@ class Recipe:
     learning_rate: float
     radii: tuple[str, ...]
     loss_options: Mapping[str, Any] = field(default_factory=dict)
-    eps_schedule: Schedule = lambda progress: 1.0
-    learning_rate_schedule: Schedule = lambda progress: 1.0
+    eps_schedule: Schedule = Constant(1.0)
+    learning_rate_schedule: Schedule = Constant(1.0)
     validation: float = 0.1
     seed: int = 0
     published: tuple[Published, ...] = ()

@@ -93,6 +93,26 @@ def create(folder: Path, recipe: Recipe) -> Run:
     return run
 
 
+FILES = (
+    *("recipe.json", "metrics.jsonl", "checkpoint.safetensors", "model.safetensors", "config.json"),
+    *("certificates.parquet", "bound.json", "summary.json", "attack.json", "report.html"),
+)
+
+
+def remove(folder: Path, recipe_name: str) -> None:
+    """Removes the files of an earlier run of this recipe, and nothing else.
+
+    Raises:
+        LipcertError: The folder holds a run of another recipe.
+    """
+    if not (folder / "recipe.json").exists():
+        return
+    if (found := open_run(folder).recipe.name) != recipe_name:
+        raise LipcertError(f"{folder} holds a run of {found}; choose another --out.")
+    for name in reversed(FILES):  # recipe.json last: it marks the folder as a run
+        (folder / name).unlink(missing_ok=True)
+
+
 def open_run(folder: Path) -> Run:
     """Opens a run directory.
 

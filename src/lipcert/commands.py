@@ -1,0 +1,347 @@
+"""What the verbs do: load, call the library, show the result."""
+
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from lipcert import evaluate, recipes, tables
+from lipcert import run as runs
+from lipcert import train as training
+from lipcert.data import Dataset, Split, load
+from lipcert.errors import LipcertError
+from lipcert.files import write_atomically
+from lipcert.graph import Graph
+from lipcert.linear_map import Shape
+from lipcert.recipe import override, settings
+from lipcert.report import write_report
+from lipcert.run import Run
+from lipcert.tracing import trace
+
+SAMPLED = 32  # points at which the bound table samples Jacobian norms
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard an attack tries."""
+
+    steps: int
+    restarts: int
+    samples: int | None
+    seed: int
+    batch_size: int
+
+
+@contextmanager
+def _progress(what: str, total: int | None = None) -> Iterator[Any]:
+    """A bar on stderr with time left; gives a function of the amount done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(done: int, of: int | None = None, note: str = "") -> None:
+            bar.update(task, completed=done, total=of or total, description=f"{what} {note}")
+
+        yield advance
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise LipcertError(f"--device {device}: not usable here ({reason})") from None
+
+
+def show_recipes(name: str | None, as_json: bool) -> None:
+    """`lipcert recipes [NAME]`."""
+    chosen = [recipes.get(n) for n in ([name] if name else recipes.names())]
+    if as_json:
+        plain = [
+            {"name": r.name, "summary": r.summary}
+            | settings(r)
+            | {"published": [dataclasses.asdict(p) for p in r.published]}
+            for r in chosen
+        ]
+        typer.echo(json.dumps(plain[0] if name else plain, indent=2))
+    elif name:
+        tables.show_recipe(chosen[0])
+    else:
+        tables.list_recipes(chosen)
+
+
+def train(
+    name: str, changes: dict[str, Any], out: Path, resume: bool, device: str, as_json: bool
+) -> None:
+    """`lipcert train`."""
+    _check_device(device)
+    recipe = override(recipes.get(name), changes)
+    run = _resumed(out, name, changes) if resume else None
+    data = load((run.recipe if run else recipe).data, Split.TRAIN)
+    run = run or runs.create(out, recipe)
+    if training.finished(run):
+        typer.echo(f"{out} is finished already. Next: lipcert certify {out}")
+        return
+    _train(run, data, device)
+    last = json.loads(run.path("metrics.jsonl").read_text().splitlines()[-1])
+    if as_json:
+        typer.echo(json.dumps({"run": str(out), **last}, indent=2))
+    else:
+        tables.show_training(last)
+        typer.echo(f"The trained network is in {out}. Next: lipcert certify {out}")
+
+
+def _train(run: Run, data: Dataset, device: str) -> None:
+    with _progress(f"train {run.recipe.name}") as advance:
+        note = ""
+
+        def on_epoch(record: training.Epoch) -> None:
+            nonlocal note
+            accuracy = record.validation_accuracy
+            shown = "" if accuracy is None else f" validation {accuracy:.1%}"
+            note = f"epoch {record.epoch}/{run.recipe.epochs} loss {record.loss:.3f}{shown}"
+
+        def on_step(done: int, total: int) -> None:
+            advance(done, total, note)
+
+        try:
+            training.train(run, data, device=device, on_step=on_step, on_epoch=on_epoch)
+        except KeyboardInterrupt:
+            sys.stderr.write(
+                f"\nGo on later with: lipcert train {run.recipe.name} --out {run.folder} --resume\n"
+            )
+            raise
+
+
+def _resumed(out: Path, name: str, changes: dict[str, Any]) -> Run:
+    run = runs.open_run(out)
+    if run.recipe.name != name:
+        raise LipcertError(f"{out} is a run of {run.recipe.name}, not of {name}.")
+    stored, wanted = settings(run.recipe), settings(override(run.recipe, changes))
+    differing = [f"{k}={wanted[k]} (it has {stored[k]})" for k in stored if wanted[k] != stored[k]]
+    if differing:
+        raise LipcertError(
+            f"A resumed run keeps its settings; {out} cannot change {', '.join(differing)}. Leave "
+            "them out, or start a new run with another --out."
+        )
+    return run
+
+
+def _opened(folder: Path, device: str) -> tuple[Run, nn.Module, Graph]:
+    _check_device(device)
+    run = runs.open_run(folder)
+    net, config = runs.load_model(run)
+    net = net.to(device)
+    return run, net, trace(net, tuple(config["in_shape"]))
+
+
+def bound(
+    target: str,
+    weights: Path | None,
+    input_shape: str | None,
+    names: list[str],
+    device: str,
+    as_json: bool,
+) -> None:
+    """`lipcert bound`."""
+    chosen = [_bound_name(name) for name in names]
+    if ":" in target and not Path(target).exists():
+        if input_shape is None:
+            raise LipcertError(f"{target}: give --input-shape, e.g. --input-shape 3,32,32.")
+        _check_device(device)
+        shape = _shape(input_shape)
+        net = _made(target).to(device)
+        if weights is not None:
+            runs.load_weights(net, weights)
+        graph = trace(net, shape)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand((SAMPLED, *shape), generator=generator)
+        like = next(net.parameters(), x)
+        x = x.to(like.device, like.dtype)
+    else:
+        run, net, graph = _opened(Path(target), device)
+        data = load(run.recipe.data, Split.EVALUATION)
+        x = data.pixels(slice(SAMPLED), device)
+    with _progress("bound", len(chosen)) as advance:
+        results = []
+        for place, name in enumerate(chosen):
+            results.append(evaluate.bound_table(name, graph, x))
+            advance(place + 1)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(r) for r in results], indent=2))
+    else:
+        tables.show_bounds(results)
+
+
+def _bound_name(name: str) -> evaluate.BoundName:
+    try:
+        return evaluate.BoundName(name)
+    except ValueError:
+        known = ", ".join(evaluate.BoundName)
+        raise LipcertError(f"There is no bound {name!r}. Bounds: {known}.") from None
+
+
+def _shape(text: str) -> Shape:
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise LipcertError(f"--input-shape {text!r}: write C,H,W, e.g. 3,32,32.") from None
+    return shape
+
+
+def _made(target: str) -> nn.Module:
+    module_name, _, function = target.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        make = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise LipcertError(
+            f"{target}: {error}. Give a run directory, or package.module:function where the "
+            "function returns a network; the current folder is on the path."
+        ) from None
+    net = make()
+    if not isinstance(net, nn.Module):
+        raise LipcertError(f"{target}() returned {type(net).__name__}, not a torch.nn.Module.")
+    return net
+
+
+def certify(
+    folder: Path,
+    eps: list[str],
+    bound_name: str,
+    data_source: str | None,
+    out: Path | None,
+    batch_size: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """`lipcert certify`."""
+    name = _bound_name(bound_name)
+    run, net, graph = _opened(folder, device)
+    data = load(data_source or run.recipe.data, Split.EVALUATION)
+    summary = _certify(run, net, graph, data, name, tuple(eps) or run.recipe.radii, batch_size)
+    if out is not None:
+        write_atomically(out, run.path("certificates.parquet").read_bytes())
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    else:
+        tables.show_summary(summary)
+        typer.echo(f"One row a sample: {out or run.path('certificates.parquet')}")
+
+
+def _certify(
+    run: Run,
+    net: nn.Module,
+    graph: Graph,
+    data: Dataset,
+    name: evaluate.BoundName,
+    radii: tuple[str, ...],
+    batch_size: int,
+) -> dict[str, Any]:
+    with _progress("certify", len(data)) as advance:
+        return evaluate.certify_run(
+            *(run, net, graph, data),
+            name=name,
+            radii=radii,
+            batch_size=batch_size,
+            on_batch=advance,
+        )
+
+
+def attack(
+    folder: Path,
+    eps: list[str],
+    effort: Effort,
+    data_source: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """`lipcert attack`."""
+    run, net, _ = _opened(folder, device)
+    data = load(data_source or _certified_data(run), Split.EVALUATION)
+    results = _attack(run, net, data, eps, effort)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+    else:
+        tables.show_attack(results)
+    _fail_on_flips(results)
+
+
+def _certified_data(run: Run) -> str:
+    """The data that were certified, so that rows match; else the recipe's."""
+    if run.path("summary.json").exists():
+        return run.read_json("summary.json", f"lipcert certify {run.folder}")["data"]
+    return run.recipe.data
+
+
+def _attack(
+    run: Run, net: nn.Module, data: Dataset, eps: list[str], effort: Effort
+) -> dict[str, Any]:
+    if effort.samples is not None:
+        data = data.subset(slice(effort.samples))
+    with _progress("attack", len(data) * max(1, len(eps))) as advance:
+        return evaluate.attack_run(
+            *(run, net, data),
+            radii=eps,
+            steps=effort.steps,
+            restarts=effort.restarts,
+            batch_size=effort.batch_size,
+            seed=effort.seed,
+            on_batch=advance,
+        )
+
+
+def _fail_on_flips(results: dict[str, Any]) -> None:
+    flipped = results.get("inside", {}).get("flipped", 0)
+    if flipped:
+        typer.echo(
+            f"lipcert: {flipped} predictions changed inside their certified ball. This must not "
+            "happen: please report it with the run directory.",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+def report(folders: list[Path], out: Path | None) -> None:
+    """`lipcert report`."""
+    opened = [runs.open_run(folder) for folder in folders]
+    path = write_report(opened, out or opened[0].path("report.html"))
+    typer.echo(f"The report: {path}")
+
+
+def demo(out: Path) -> None:
+    """`lipcert demo`."""
+    recipe = recipes.get("lmt-digits")
+    data = load(recipe.data, Split.TRAIN)
+    runs.remove(out, recipe.name)
+    run = runs.create(out, recipe)
+    _train(run, data, "cpu")
+    run, net, graph = _opened(out, "cpu")
+    test = load(recipe.data, Split.EVALUATION)
+    auto = evaluate.BoundName.AUTO
+    summary = _certify(run, net, graph, test, auto, recipe.radii, 512)
+    effort = Effort(50, 5, None, 0, 512)
+    _attack(run, net, test, list(recipe.radii), effort)
+    results = _attack(run, net, test, [], effort)
+    tables.show_bounds([evaluate.bound_table(auto, graph, test.pixels(slice(SAMPLED)))])
+    tables.show_summary(summary, results)
+    _fail_on_flips(results)
+    report([out], None)

@@ -1,0 +1,148 @@
+"""Results as tables on the terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lipcert.evaluate import BoundTable
+from lipcert.kinds import Kind
+from lipcert.recipe import Recipe, settings
+
+
+def _print(*things: Any) -> None:
+    console = Console(highlight=False)
+    for thing in things:
+        console.print(thing)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right")
+    return table
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def list_recipes(recipes: Sequence[Recipe]) -> None:
+    """One line a recipe."""
+    table = Table("recipe", "data", "what it is")
+    for recipe in recipes:
+        table.add_row(recipe.name, recipe.data, recipe.summary)
+    _print(table)
+
+
+def show_recipe(recipe: Recipe) -> None:
+    """One recipe with its settings and published numbers."""
+    table = Table("setting", "value", title=f"{recipe.name}: {recipe.summary}")
+    for name, value in settings(recipe).items():
+        table.add_row(name, str(value))
+    table.add_row("loss", f"{recipe.loss.__name__} {dict(recipe.loss_options) or ''}")  # type: ignore[attr-defined]
+    table.add_row("eps schedule", repr(recipe.eps_schedule))
+    table.add_row("learning-rate schedule", repr(recipe.learning_rate_schedule))
+    table.add_row("radii", ", ".join(recipe.radii))
+    _print(table)
+    if not recipe.published:
+        _print("No published numbers: a recipe of ours.")
+        return
+    published = Table("published", "value", "source", "how sure")
+    for p in recipe.published:
+        published.add_row(p.what, f"{p.value:g}", p.source, p.certainty)
+    _print(published)
+
+
+def show_training(last: dict[str, Any]) -> None:
+    """The last line of the metrics."""
+    table = _table("Training", "epochs", "loss", "train", "validation", "validation CRA (estimate)")
+    table.add_row(
+        str(last["epoch"]),
+        f"{last['loss']:.4f}",
+        _percent(last["train_accuracy"]),
+        _percent(last["validation_accuracy"]),
+        _percent(last["validation_cra_estimate"]),
+    )
+    _print(table)
+
+
+def show_bounds(tables: Sequence[BoundTable]) -> None:
+    """Bounds one beside the other, then the layers of the first."""
+    over = _table(
+        "Lipschitz bounds (L2)",
+        *("bound", "K of the logits", "K of pairs: median", "largest", "sampled K >=", "kind", "s"),
+    )
+    for t in tables:
+        over.add_row(
+            t.bound,
+            _number(t.lipschitz),
+            _number(t.median_pair),
+            _number(t.largest_pair),
+            _number(t.sampled_lower_bound),
+            t.kind,
+            f"{t.seconds:.2f}",
+        )
+    layers = _table(
+        f"Layer by layer ({tables[0].bound}); loose = bound / largest Jacobian norm seen",
+        *("layer", "node", "constant", "bound so far", "sampled", "loose", "share"),
+    )
+    for row in tables[0].layers:
+        loose = row.prefix / row.sampled if row.sampled > 0 else None
+        layers.add_row(
+            row.name,
+            row.op,
+            _number(row.gain),
+            _number(row.prefix),
+            _number(row.sampled),
+            "-" if loose is None else f"{loose:.3f}",
+            f"{100 * row.share:.0f} %",
+        )
+    _print(over, layers)
+
+
+def show_summary(summary: dict[str, Any], attack: dict[str, Any] | None = None) -> None:
+    """Certified accuracy at the radii of interest."""
+    estimate = summary["kind"] == Kind.ESTIMATE
+    what = "ESTIMATED accuracy (no certificate)" if estimate else "certified accuracy"
+    table = _table(
+        f"{summary['recipe']} on {summary['data']}, {summary['samples']} samples of the split "
+        f"{summary['split']}; kind: {summary['kind']}, bound: {summary['bound']}",
+        *("L2 radius", what, "accuracy under attack"),
+    )
+    attacked = (attack or {}).get("robust_accuracy", {})
+    table.add_row("0 (clean)", _percent(summary["clean_accuracy"]), "")
+    for text, fraction in summary["cra"].items():
+        under = attacked.get(text, {}).get("value")
+        table.add_row(text, _percent(fraction), _percent(under))
+    _print(table)
+    acr = _number(summary["acr"])
+    _print(f"Average certified radius {acr}, median {_number(summary['median_radius'])}.")
+    if attack is not None:
+        _print_inside(attack)
+
+
+def show_attack(results: dict[str, Any]) -> None:
+    """What the attack found, at all radii tried so far and inside the certified balls."""
+    at = results.get("robust_accuracy", {})
+    if at:
+        table = _table("Accuracy under attack (PGD)", "L2 radius", "accuracy", "samples", "effort")
+        for text, r in at.items():
+            effort = f"{r['steps']} steps x {r['restarts']} starts"
+            table.add_row(text, _percent(r["value"]), str(r["samples"]), effort)
+        _print(table)
+    _print_inside(results)
+
+
+def _print_inside(results: dict[str, Any]) -> None:
+    inside = results.get("inside")
+    if inside:
+        _print(
+            f"Attacked inside {inside['attacked']} certified balls ({inside['steps']} steps x "
+            f"{inside['restarts']} starts): {inside['flipped']} predictions changed."
+        )
