@@ -75,6 +75,7 @@ def train(
     optimiser = recipe.optimiser(net.parameters(), recipe.learning_rate)
     started = _restore(run, net, bound, optimiser)
 
+    dtype = next(net.parameters()).dtype
     steps_an_epoch = math.ceil(len(data) / recipe.batch_size)
     total = recipe.epochs * steps_an_epoch
     labels = data.labels.to(device)
@@ -92,7 +93,7 @@ def train(
             rate = recipe.learning_rate * recipe.learning_rate_schedule(progress)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            x, y = data.pixels(index, device), labels[index]
+            x, y = data.pixels(index, device, dtype), labels[index]
 
             logits = net(x)
             classes = recipe.loss.protects(logits, y)
