@@ -1,6 +1,6 @@
 """Time from weights to certified constants: tracing 6C2F (BCP's), and all pairs of its classes.
 
-    python benchmarks/constants.py
+python benchmarks/constants.py
 """
 
 import statistics

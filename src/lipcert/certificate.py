@@ -137,9 +137,7 @@ def from_logits(logits: Float[Tensor, "n classes"], constants: MarginConstants) 
     ratio = ratio.where((margins > 0) & rows.isfinite(), 0)
     valid = torch.as_tensor(constants.valid_radius, dtype=torch.float64).expand(len(logits)).cpu()
     radius = torch.minimum(ratio.amin(1), valid)
-    return Certificate(
-        prediction, radius, constants.kind, constants.failure, margins, rows, valid
-    )
+    return Certificate(prediction, radius, constants.kind, constants.failure, margins, rows, valid)
 
 
 def _check_kind(kind: Kind, allow_estimate: bool) -> None:

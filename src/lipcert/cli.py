@@ -3,7 +3,6 @@
 Commands import torch inside, so that `--help` is quick. Results go to stdout, progress to stderr.
 """
 
-
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +34,7 @@ Eps = Annotated[
 Bound = Annotated[str, typer.Option(help="Which bound: auto or product.")]
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool | None) -> None:
     if wanted:
         typer.echo(f"lipcert {lipcert.__version__}")
         raise typer.Exit()
@@ -44,8 +43,8 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
-    ] = False,
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = None,
 ) -> None:
     pass
 
@@ -167,9 +166,7 @@ def attack(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="[RUN/report.html]")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="[RUN/report.html]")] = None,
 ) -> None:
     """One self-contained page: curve, tables, attack, sample images."""
     from lipcert import commands

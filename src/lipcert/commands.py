@@ -1,7 +1,6 @@
 """What the verbs do: load, call the library, show the result."""
 
 import dataclasses
-import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -19,14 +18,15 @@ from torch import nn
 from lipcert import evaluate, recipes, tables
 from lipcert import run as runs
 from lipcert import train as training
+from lipcert.bound_table import BoundName, bound_table
 from lipcert.data import Dataset, Split, load
 from lipcert.errors import LipcertError
 from lipcert.files import write_atomically
 from lipcert.graph import Graph
-from lipcert.linear_map import Shape
 from lipcert.recipe import override, settings
 from lipcert.report import write_report
 from lipcert.run import Run
+from lipcert.targets import bound_name, check_device, make_network, open_trained, parse_shape
 from lipcert.tracing import trace
 
 SAMPLED = 32  # points at which the bound table samples Jacobian norms
@@ -63,14 +63,6 @@ def _progress(what: str, total: int | None = None) -> Iterator[Any]:
         yield advance
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise LipcertError(f"--device {device}: not usable here ({reason})") from None
-
-
 def show_recipes(name: str | None, as_json: bool) -> None:
     """`lipcert recipes [NAME]`."""
     chosen = [recipes.get(n) for n in ([name] if name else recipes.names())]
@@ -92,7 +84,7 @@ def train(
     name: str, changes: dict[str, Any], out: Path, resume: bool, device: str, as_json: bool
 ) -> None:
     """`lipcert train`."""
-    _check_device(device)
+    check_device(device)
     recipe = override(recipes.get(name), changes)
     run = _resumed(out, name, changes) if resume else None
     data = load((run.recipe if run else recipe).data, Split.TRAIN)
@@ -145,14 +137,6 @@ def _resumed(out: Path, name: str, changes: dict[str, Any]) -> Run:
     return run
 
 
-def _opened(folder: Path, device: str) -> tuple[Run, nn.Module, Graph]:
-    _check_device(device)
-    run = runs.open_run(folder)
-    net, config = runs.load_model(run)
-    net = net.to(device)
-    return run, net, trace(net, tuple(config["in_shape"]))
-
-
 def bound(
     target: str,
     weights: Path | None,
@@ -162,13 +146,13 @@ def bound(
     as_json: bool,
 ) -> None:
     """`lipcert bound`."""
-    chosen = [_bound_name(name) for name in names]
+    chosen = [bound_name(name) for name in names]
     if ":" in target and not Path(target).exists():
         if input_shape is None:
             raise LipcertError(f"{target}: give --input-shape, e.g. --input-shape 3,32,32.")
-        _check_device(device)
-        shape = _shape(input_shape)
-        net = _made(target).to(device)
+        check_device(device)
+        shape = parse_shape(input_shape)
+        net = make_network(target).to(device)
         if weights is not None:
             runs.load_weights(net, weights)
         graph = trace(net, shape)
@@ -177,13 +161,13 @@ def bound(
         like = next(net.parameters(), x)
         x = x.to(like.device, like.dtype)
     else:
-        run, net, graph = _opened(Path(target), device)
+        run, net, graph = open_trained(Path(target), device)
         data = load(run.recipe.data, Split.EVALUATION)
         x = data.pixels(slice(SAMPLED), device)
     with _progress("bound", len(chosen)) as advance:
         results = []
         for place, name in enumerate(chosen):
-            results.append(evaluate.bound_table(name, graph, x))
+            results.append(bound_table(name, graph, x))
             advance(place + 1)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(r) for r in results], indent=2))
@@ -191,42 +175,10 @@ def bound(
         tables.show_bounds(results)
 
 
-def _bound_name(name: str) -> evaluate.BoundName:
-    try:
-        return evaluate.BoundName(name)
-    except ValueError:
-        known = ", ".join(evaluate.BoundName)
-        raise LipcertError(f"There is no bound {name!r}. Bounds: {known}.") from None
-
-
-def _shape(text: str) -> Shape:
-    try:
-        shape = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise LipcertError(f"--input-shape {text!r}: write C,H,W, e.g. 3,32,32.") from None
-    return shape
-
-
-def _made(target: str) -> nn.Module:
-    module_name, _, function = target.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        make = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
-        raise LipcertError(
-            f"{target}: {error}. Give a run directory, or package.module:function where the "
-            "function returns a network; the current folder is on the path."
-        ) from None
-    net = make()
-    if not isinstance(net, nn.Module):
-        raise LipcertError(f"{target}() returned {type(net).__name__}, not a torch.nn.Module.")
-    return net
-
-
 def certify(
     folder: Path,
     eps: list[str],
-    bound_name: str,
+    bound: str,
     data_source: str | None,
     out: Path | None,
     batch_size: int,
@@ -234,8 +186,8 @@ def certify(
     as_json: bool,
 ) -> None:
     """`lipcert certify`."""
-    name = _bound_name(bound_name)
-    run, net, graph = _opened(folder, device)
+    name = bound_name(bound)
+    run, net, graph = open_trained(folder, device)
     data = load(data_source or run.recipe.data, Split.EVALUATION)
     summary = _certify(run, net, graph, data, name, tuple(eps) or run.recipe.radii, batch_size)
     if out is not None:
@@ -252,7 +204,7 @@ def _certify(
     net: nn.Module,
     graph: Graph,
     data: Dataset,
-    name: evaluate.BoundName,
+    name: BoundName,
     radii: tuple[str, ...],
     batch_size: int,
 ) -> dict[str, Any]:
@@ -275,7 +227,7 @@ def attack(
     as_json: bool,
 ) -> None:
     """`lipcert attack`."""
-    run, net, _ = _opened(folder, device)
+    run, net, _ = open_trained(folder, device)
     data = load(data_source or _certified_data(run), Split.EVALUATION)
     results = _attack(run, net, data, eps, effort)
     if as_json:
@@ -334,14 +286,14 @@ def demo(out: Path) -> None:
     runs.remove(out, recipe.name)
     run = runs.create(out, recipe)
     _train(run, data, "cpu")
-    run, net, graph = _opened(out, "cpu")
+    run, net, graph = open_trained(out, "cpu")
     test = load(recipe.data, Split.EVALUATION)
-    auto = evaluate.BoundName.AUTO
+    auto = BoundName.AUTO
     summary = _certify(run, net, graph, test, auto, recipe.radii, 512)
     effort = Effort(50, 5, None, 0, 512)
     _attack(run, net, test, list(recipe.radii), effort)
     results = _attack(run, net, test, [], effort)
-    tables.show_bounds([evaluate.bound_table(auto, graph, test.pixels(slice(SAMPLED)))])
+    tables.show_bounds([bound_table(auto, graph, test.pixels(slice(SAMPLED)))])
     tables.show_summary(summary, results)
     _fail_on_flips(results)
     report([out], None)

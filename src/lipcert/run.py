@@ -1,15 +1,15 @@
 """A run directory: what it holds, and reading it back.
 
-    recipe.json             recipe name, plain settings, versions
-    metrics.jsonl           one line an epoch
-    checkpoint.safetensors  everything that resuming needs, in one file
-    model.safetensors       the trained weights, with
-    config.json             how to build the network (the hub's layout)
-    certificates.parquet    one row a test sample
-    bound.json              the bound, layer by layer
-    summary.json            the result
-    attack.json             what the attack found
-    report.html             all of it on one page
+recipe.json             recipe name, plain settings, versions
+metrics.jsonl           one line an epoch
+checkpoint.safetensors  everything that resuming needs, in one file
+model.safetensors       the trained weights, with
+config.json             how to build the network (the hub's layout)
+certificates.parquet    one row a test sample
+bound.json              the bound, layer by layer
+summary.json            the result
+attack.json             what the attack found
+report.html             all of it on one page
 """
 
 import json

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lipcert.evaluate import BoundTable
+from lipcert.bound_table import BoundTable
 from lipcert.kinds import Kind
 from lipcert.recipe import Recipe, settings
 

@@ -166,9 +166,7 @@ def _metrics(run: Run, upto: int) -> list[str]:
     return path.read_text().splitlines()[:upto] if path.exists() else []
 
 
-def _restore(
-    run: Run, net: nn.Module, bound: Bound, optimiser: torch.optim.Optimizer
-) -> int:
+def _restore(run: Run, net: nn.Module, bound: Bound, optimiser: torch.optim.Optimizer) -> int:
     """Loads the checkpoint, if there is one; gives the number of epochs done."""
     path = run.path("checkpoint.safetensors")
     if not path.exists():
@@ -200,5 +198,3 @@ def _restore(
 def finished(run: Run) -> bool:
     """Whether the run has its model."""
     return run.path("config.json").exists()
-
-

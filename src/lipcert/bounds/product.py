@@ -169,9 +169,7 @@ def _steepest(secants, shape: tuple[int, ...]) -> Tensor:
 def _tail(output: Node) -> list[tuple[LinearMap | None, Node]]:
     """The output as a sum of affine maps (None: the identity) of nodes."""
     ends = output.inputs if isinstance(output.op, Sum) else (output,)
-    return [
-        (n.op.map(), n.inputs[0]) if isinstance(n.op, Affine) else (None, n) for n in ends
-    ]
+    return [(n.op.map(), n.inputs[0]) if isinstance(n.op, Affine) else (None, n) for n in ends]
 
 
 def _rows(map: LinearMap) -> Float[Tensor, "classes n"]:

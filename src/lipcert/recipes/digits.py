@@ -49,5 +49,3 @@ def gloro_digits() -> Recipe:
         loss=losses.gloro,
         loss_options={},
     )
-
-

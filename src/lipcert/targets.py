@@ -1,0 +1,69 @@
+"""What a command works on, from what was typed: runs, networks of one's own, devices, names."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lipcert import run as runs
+from lipcert.bound_table import BoundName
+from lipcert.errors import LipcertError
+from lipcert.graph import Graph
+from lipcert.linear_map import Shape
+from lipcert.run import Run
+from lipcert.tracing import trace
+
+
+def check_device(device: str) -> None:
+    """Raises LipcertError unless tensors can be made on the device."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise LipcertError(f"--device {device}: not usable here ({reason})") from None
+
+
+def open_trained(folder: Path, device: str) -> tuple[Run, nn.Module, Graph]:
+    """A finished run with its network on the device, and the network's graph."""
+    check_device(device)
+    run = runs.open_run(folder)
+    net, config = runs.load_model(run)
+    net = net.to(device)
+    return run, net, trace(net, tuple(config["in_shape"]))
+
+
+def bound_name(name: str) -> BoundName:
+    """The bound of this name."""
+    try:
+        return BoundName(name)
+    except ValueError:
+        known = ", ".join(BoundName)
+        raise LipcertError(f"There is no bound {name!r}. Bounds: {known}.") from None
+
+
+def parse_shape(text: str) -> Shape:
+    """A shape typed as "3,32,32"."""
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise LipcertError(f"--input-shape {text!r}: write C,H,W, e.g. 3,32,32.") from None
+    return shape
+
+
+def make_network(target: str) -> nn.Module:
+    """The network that "package.module:function" makes."""
+    module_name, _, function = target.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        make = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise LipcertError(
+            f"{target}: {error}. Give a run directory, or package.module:function where the "
+            "function returns a network; the current folder is on the path."
+        ) from None
+    net = make()
+    if not isinstance(net, nn.Module):
+        raise LipcertError(f"{target}() returned {type(net).__name__}, not a torch.nn.Module.")
+    return net

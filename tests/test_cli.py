@@ -1,0 +1,235 @@
+"""The command line: the verbs, end to end on tiny data, and what bad input gets."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+
+from lipcert import cli, commands, evaluate, recipes
+from lipcert import run as runs
+from lipcert.recipe import override
+
+VERBS = ["attack", "bound", "certify", "demo", "recipes", "report", "train"]
+SMALL = ["--set", "epochs=2", "--set", "batch_size=256"]
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run trained for two epochs through the command line."""
+    torch.set_default_dtype(torch.float32)
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    assert call("train", "lmt-digits", *SMALL, "--out", folder) == 0
+    return folder
+
+
+def call(*words) -> int:
+    """The exit code of a command run in this process."""
+    before = sys.argv
+    sys.argv = ["lipcert", *map(str, words)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def refused(capsys, *words) -> str:
+    """The message of a command that must be refused with exit code 2 and no traceback."""
+    assert call(*words) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def test_the_verbs_are_frozen(capsys):
+    assert sorted(c.name or c.callback.__name__ for c in cli.app.registered_commands) == VERBS
+    for verb in VERBS:
+        assert call(verb, "--help") == 0
+        assert verb in capsys.readouterr().out
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; import lipcert.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_chain_of_verbs(run_folder, capsys, tmp_path):
+    out = tmp_path / "rows.parquet"
+    words = ("certify", run_folder, "--eps", "36/255", "--eps", "0.5", "--out", out, "--json")
+    assert call(*words) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["kind"] == "upper"
+    assert list(summary["cra"]) == ["36/255", "0.5"]
+    assert 0 <= summary["cra"]["0.5"] <= summary["cra"]["36/255"] <= summary["clean_accuracy"] <= 1
+    assert summary == json.loads((run_folder / "summary.json").read_text())
+
+    table = pyarrow.parquet.read_table(out)
+    assert table.num_rows == summary["samples"] == 360
+    right = [a == b for a, b in zip(table["label"].to_pylist(), table["prediction"].to_pylist())]
+    robust = table["robust@36/255"].to_pylist()
+    both = sum(a and b for a, b in zip(right, robust, strict=True))
+    assert both / 360 == summary["cra"]["36/255"]
+    assert set(table["kind"].to_pylist()) == {"upper"}
+
+    assert call("attack", run_folder, "--samples", 50, "--steps", 10, "--restarts", 2) == 0
+    assert "0 predictions changed" in capsys.readouterr().out
+    assert call("attack", run_folder, "--eps", "36/255", "--steps", 10, "--restarts", 2) == 0
+    capsys.readouterr()
+    attack = json.loads((run_folder / "attack.json").read_text())
+    assert attack["inside"]["flipped"] == 0
+    assert attack["robust_accuracy"]["36/255"]["value"] >= summary["cra"]["36/255"]
+
+    assert call("bound", run_folder, "--json") == 0
+    (table,) = json.loads(capsys.readouterr().out)
+    assert table["kind"] == "upper"
+    assert table["lipschitz"] >= table["sampled_lower_bound"] > 0
+    assert sum(row["share"] for row in table["layers"]) == pytest.approx(1)
+
+    page = tmp_path / "page.html"
+    assert call("report", run_folder, "--out", page) == 0
+    assert "36/255" in page.read_text()
+
+
+def test_a_flip_inside_a_certified_ball_fails_the_command(run_folder, monkeypatch, capsys):
+    assert call("certify", run_folder) == 0
+    table = evaluate.read_certificates(runs.open_run(run_folder))
+    wide = table.set_column(
+        table.schema.get_field_index("radius"), "radius", pyarrow.array([5.0] * table.num_rows)
+    )
+    monkeypatch.setattr(evaluate, "read_certificates", lambda run: wide)
+    assert call("attack", run_folder, "--samples", 20, "--steps", 20) == 1
+    assert "must not" in capsys.readouterr().err
+
+
+def test_recipes_are_listed_and_shown(capsys):
+    assert call("recipes", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [r["name"] for r in listed] == recipes.names()
+    assert call("recipes", "lmt-mnist") == 0
+    assert "1802.04034" in capsys.readouterr().out
+    assert call("recipes") == 0
+    assert "gloro-digits" in capsys.readouterr().out
+
+
+def test_resuming(tmp_path, capsys, run_folder):
+    assert call("train", "lmt-digits", *SMALL, "--out", run_folder, "--resume") == 0
+    assert "finished already" in capsys.readouterr().out
+    message = refused(
+        capsys, "train", "lmt-digits", "--set", "epochs=9", "--out", run_folder, "--resume"
+    )
+    assert "epochs=9 (it has 2)" in message
+    assert "gloro" in refused(capsys, "train", "gloro-digits", "--out", run_folder, "--resume")
+    assert "--resume" in refused(capsys, "train", "lmt-digits", "--out", run_folder)
+    assert "no run directory" in refused(
+        capsys, "train", "lmt-digits", "--out", tmp_path / "none", "--resume"
+    )
+
+
+def test_a_network_of_ones_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mynet.py").write_text(
+        "from torch import nn\n"
+        "def make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5))\n"
+        "def attention():\n    return nn.MultiheadAttention(4, 2)\n"
+        "def nothing():\n    return 3\n"
+    )
+    assert call("bound", "mynet:make", "--input-shape", "3,2,2", "--json") == 0
+    (table,) = json.loads(capsys.readouterr().out)
+    assert table["lipschitz"] == pytest.approx(table["sampled_lower_bound"], rel=1e-3)
+    assert "--input-shape" in refused(capsys, "bound", "mynet:make")
+    assert "C,H,W" in refused(capsys, "bound", "mynet:make", "--input-shape", "3x2x2")
+    assert "shape" in refused(capsys, "bound", "mynet:make", "--input-shape", "3,2,3")
+    assert "nosuch" in refused(capsys, "bound", "mynet:nosuch", "--input-shape", "3,2,2")
+    assert "Module" in refused(capsys, "bound", "mynet:nothing", "--input-shape", "3,2,2")
+    assert "weights" in refused(
+        capsys, "bound", "mynet:make", "--input-shape", "3,2,2", "--weights", "none.safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["train", "nosuch"], "lmt-digits"),
+        (["train", "lmt-digits", "--set", "nosuch=1"], "epochs"),
+        (["train", "lmt-digits", "--set", "epochs"], "field=value"),
+        (["train", "lmt-digits", "--data", "/no/such/folder"], "--data"),
+        (["train", "lmt-digits", "--device", "cuda:99"], "cuda:99"),
+        (["certify", "/no/such/run"], "no run directory"),
+        (["report", "/no/such/run"], "no run directory"),
+        (["recipes", "nosuch"], "Recipes"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(words, part, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert part in refused(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("eps", ["0", "-1", "x", "inf"])
+def test_a_bad_radius_is_refused(eps, capsys, run_folder):
+    assert "eps" in refused(capsys, "certify", run_folder, "--eps", eps)
+    assert "eps" in refused(capsys, "attack", run_folder, "--eps", eps)
+
+
+def test_an_unknown_bound_is_refused(capsys, run_folder):
+    assert "product" in refused(capsys, "certify", run_folder, "--bound", "magic")
+
+
+def test_nan_weights_are_refused(capsys, tmp_path):
+    run = runs.create(tmp_path / "run", override(recipes.get("lmt-digits"), {}))
+    net = run.recipe.model(in_shape=(1, 8, 8), classes=10)
+    with torch.no_grad():
+        next(net.parameters())[0, 0] = float("nan")
+    runs.save_model(run, net, (1, 8, 8), tuple("0123456789"))
+    message = refused(capsys, "certify", run.folder)
+    assert "NaN" in message
+    assert "1.weight" in message
+    assert not run.path("summary.json").exists()
+
+
+def test_an_interrupt_ends_with_130_and_the_run_goes_on(tmp_path):
+    """A real process, a real signal."""
+    out = tmp_path / "run"
+    words = [sys.executable, "-c", "from lipcert.cli import main; main()"]
+    settings = ["--set", "epochs=4000"]
+    process = subprocess.Popen(
+        [*words, "train", "lmt-digits", *settings, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"--resume" in message
+    assert b"Traceback" not in message
+    assert {p.name for p in out.iterdir()} <= set(runs.FILES)
+    assert (out / "checkpoint.safetensors").exists()
+
+
+def test_the_demo_removes_only_its_own_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "_train", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    keep = tmp_path / "mine.txt"
+    keep.write_text("x")
+    runs.create(tmp_path, recipes.get("gloro-digits"))
+    assert "gloro-digits" in refused(capsys, "demo", "--out", tmp_path)
+    runs.remove(tmp_path, "gloro-digits")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    assert call("demo", "--out", tmp_path) == 130
