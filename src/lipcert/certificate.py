@@ -221,8 +221,14 @@ def curve(
     certificate: Certificate, labels: Int[Tensor, " n"], radii: Float[Tensor, " k"]
 ) -> Float[Tensor, " k"]:
     """Certified accuracy as a function of the radius: fraction right with a radius >= r."""
-    right = certificate.prediction == labels.cpu()
-    reached = certificate.radius.where(right, -1).sort().values
+    return curve_of_radii(certificate.radius, certificate.prediction == labels.cpu(), radii)
+
+
+def curve_of_radii(
+    radius: Float[Tensor, " n"], right: Bool[Tensor, " n"], radii: Float[Tensor, " k"]
+) -> Float[Tensor, " k"]:
+    """The same from certified radii and which predictions are right, as read from a file."""
+    reached = radius.where(right, -1).sort().values
     below = torch.searchsorted(reached, radii.to(reached))
     return 1 - below.double() / len(reached)
 

@@ -6,7 +6,7 @@ its norm is exact.
 
 import torch
 
-from lipcert.graph import Affine, Concat, Node, Sum, node, topological
+from lipcert.graph import Affine, Concat, Node, Sum, topological
 from lipcert.linear_map import Add, Composition, LinearMap, Stack, identity
 from lipcert.simplify import simplify
 
@@ -47,7 +47,7 @@ def _chain(first: Node, then: Node) -> Node:
 
     has_bias = a.bias is not None or b.bias is not None
     name = "+".join(n for n in (first.name, then.name) if n)
-    return node(Affine(map, bias if has_bias else None), first.inputs[0], name=name)
+    return Node(Affine(map, bias if has_bias else None), first.inputs, then.shape, name)
 
 
 def _push(map: LinearMap, value: torch.Tensor) -> torch.Tensor:
@@ -98,4 +98,4 @@ def _merge_branches(branching: Node) -> Node:
         return torch.cat([o.flatten() for o in offsets])
 
     name = "+".join(dict.fromkeys(n.name for path in paths for n in reversed(path) if n.name))
-    return node(Affine(map, bias), common, name=name or branching.name)
+    return Node(Affine(map, bias), (common,), branching.shape, name or branching.name)

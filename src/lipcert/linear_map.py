@@ -79,9 +79,14 @@ class LinearMap(ABC):
 
     @property
     def like(self) -> Tensor:
-        """A tensor with the precision and device of the weights (numbers adapt to the others)."""
+        """A tensor with the precision and device of the weights.
+
+        Numbers and fixed matrices adapt to what they meet; they are float64 and on the CPU, so the
+        weights are what is less precise or elsewhere. Float64 for a map without any.
+        """
         tensors = self.tensors()
-        return next((t for t in tensors if t.ndim), *tensors[:1] or [torch.zeros(())])
+        weights = [t for t in tensors if t.ndim] or tensors or [torch.zeros((), dtype=torch.float64)]
+        return min(weights, key=lambda t: (t.element_size(), t.device.type == "cpu"))
 
     def to(self, dtype: torch.dtype) -> "LinearMap":
         """The same map with its weights in another precision; still differentiable in them."""
@@ -357,7 +362,10 @@ class Stack(LinearMap):
 
 @dataclass(frozen=True, eq=False)
 class Generic(LinearMap):
-    """Any linear function of a batch, its structure unknown: `fn(x)` without bias."""
+    """Any linear function of a batch, its structure unknown: `fn(x)` without bias.
+
+    `fn` takes arrays of every floating-point precision; norms call it in float64.
+    """
 
     fn: Callable[[Tensor], Tensor]
 

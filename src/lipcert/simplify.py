@@ -71,7 +71,7 @@ def _merge(first: LinearMap, then: LinearMap) -> LinearMap | None:
         case Dense(), Dense() if _product_is_smaller(first.weight, then.weight):
             return Dense(*ends, then.weight @ first.weight)
         case Scale(), Dense() if _constant_leading(first):
-            return Dense(*ends, then.weight * _row(first))
+            return Dense(*ends, then.weight * _row(first).to(then.weight))
         case Dense(), Scale() if _constant_leading(then):
             return Dense(*ends, then.diagonal.to(first.weight).reshape(-1, 1) * first.weight)
         case Scale(), Conv() if (scale := _channels(first)) is not None:
@@ -147,7 +147,7 @@ def _add(terms: list[LinearMap]) -> LinearMap:
 
 def _sum(left: LinearMap, right: LinearMap) -> LinearMap | None:
     """`left + right` as one map, or None where there is no such rule in this order."""
-    scale = _as_scale(left)
+    scale, right = _as_scale(left), _as_scale(right) or right
     match right:
         case Scale() if scale is not None:
             return Scale(right.in_shape, right.out_shape, scale.diagonal + right.diagonal)

@@ -37,6 +37,9 @@ class Layer:
     prefix: Constant
 
 
+_End = tuple[Constant, Tensor | None]
+
+
 class Product(Bound):
     """The global product bound.
 
@@ -62,18 +65,16 @@ class Product(Bound):
     def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
         """The constants of all pairs; `x` is not looked at."""
         classes = self.classes
-        with _full_precision(self.graph):
-            tail = _tail(self.graph.output)
-            reached = self._sweep([source for _, source in tail])
-            heads = [None if map is None else _rows(map) for map, _ in tail]
-        lengths = [reached[source].prefix for _, source in tail]
+        ends = self._ends()
 
         def row(wanted: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
-            terms = zip(lengths, heads, strict=True)
-            return sum(_distances(w, wanted, classes, le.value) * le.value for le, w in terms)  # type: ignore[return-value]
+            terms = [
+                _distances(rows, wanted, classes, length.value) * length.value
+                for length, rows in ends
+            ]
+            return torch.stack(terms).sum(0)
 
-        kind = weakest(length.kind for length in lengths)
-        return MarginConstants(row, classes, kind, _failure(reached))
+        return MarginConstants(row, classes, *_claim(ends))
 
     def lipschitz(self) -> Constant:
         """A Lipschitz constant of the whole output vector."""
@@ -81,15 +82,12 @@ class Product(Bound):
 
     def per_output(self) -> Constant:
         """Lipschitz constants of the single logits; `value` has shape `(classes,)`."""
-        with _full_precision(self.graph):
-            tail = _tail(self.graph.output)
-            reached = self._sweep([source for _, source in tail])
-            total = torch.zeros(self.graph.output.shape[0], dtype=torch.float64)
-            for map, source in tail:
-                size = 1 if map is None else torch.linalg.vector_norm(_rows(map), dim=1)
-                total = total + reached[source].prefix.value * size
-        kind = weakest(layer.prefix.kind for layer in reached.values())
-        return Constant(total, kind, _failure(reached))
+        ends = self._ends()
+        total = torch.zeros(self.graph.output.shape[0], dtype=torch.float64)
+        for length, rows in ends:
+            size = 1 if rows is None else torch.linalg.vector_norm(rows, dim=1)
+            total = total + length.value * size
+        return Constant(total, *_claim(ends))
 
     def prefix(self, upto: Node | str) -> Constant:
         """A Lipschitz constant of the function from the input to a node (or its name)."""
@@ -102,6 +100,16 @@ class Product(Bound):
         with _full_precision(self.graph):
             return list(self._sweep([self.graph.output]).values())
 
+    def _ends(self) -> list[_End]:
+        """For each term of the output: the bound of what feeds it, and the rows of its map."""
+        with _full_precision(self.graph):
+            tail = _tail(self.graph.output)
+            reached = self._sweep([source for _, source in tail])
+            return [
+                (reached[source].prefix, None if map is None else _rows(map))
+                for map, source in tail
+            ]
+
     def _sweep(self, targets: list[Node]) -> dict[Node, Layer]:
         """Forward over the graph, as far as the targets need."""
         needed = set(targets)
@@ -109,13 +117,15 @@ class Product(Bound):
             if n in needed:
                 needed.update(n.inputs)
         layers: dict[Node, Layer] = {}
+        failure = 0.0
         for n in self.graph:
             if n in needed:
                 gain = self._gain(n)
                 before = [layers[i].prefix for i in n.inputs]
                 parts = [*before, *([gain] if gain else [])]
                 kind = weakest(part.kind for part in parts)
-                prefix = Constant(_combine(n, gain, before), kind)
+                failure += gain.failure if gain else 0.0  # the union over every norm so far
+                prefix = Constant(_combine(n, gain, before), kind, min(1.0, failure))
                 layers[n] = Layer(n, gain, prefix)
         return layers
 
@@ -138,6 +148,11 @@ class Product(Bound):
         constant, better = self.norm.refine(simplify(map), vector)
         setattr(self, name, better)  # a fresh tensor: the old one may be in someone's graph
         return constant
+
+
+def _claim(ends: list[_End]) -> tuple[Kind, float]:
+    """Kind and failure probability of a result; the last bound swept has counted every norm."""
+    return weakest(length.kind for length, _ in ends), max(length.failure for length, _ in ends)
 
 
 def _full_precision(graph: Graph):
@@ -168,8 +183,13 @@ def _steepest(secants, shape: tuple[int, ...]) -> Tensor:
 
 def _tail(output: Node) -> list[tuple[LinearMap | None, Node]]:
     """The output as a sum of affine maps (None: the identity) of nodes."""
-    ends = output.inputs if isinstance(output.op, Sum) else (output,)
-    return [(n.op.map(), n.inputs[0]) if isinstance(n.op, Affine) else (None, n) for n in ends]
+    match output.op:
+        case Sum():
+            return [end for i in output.inputs for end in _tail(i)]
+        case Affine(map=map):
+            return [(map(), output.inputs[0])]
+        case _:
+            return [(None, output)]
 
 
 def _rows(map: LinearMap) -> Float[Tensor, "classes n"]:
@@ -197,8 +217,3 @@ def _distances(
     if len(rows) <= len(wanted):
         return torch.cdist(rows, rows, compute_mode=exactly)[wanted]
     return torch.cdist(rows[wanted], rows, compute_mode=exactly)
-
-
-def _failure(layers: dict[Node, Layer]) -> float:
-    """The union bound over every norm used."""
-    return min(1.0, sum(layer.gain.failure for layer in layers.values() if layer.gain))

@@ -1,6 +1,7 @@
 """Rules of elementwise activations: the interval of their secant slopes."""
 
 import math
+import operator
 from collections.abc import Callable
 
 import torch
@@ -80,7 +81,7 @@ def relu6_function(x: Node, inplace: bool = False) -> Slope:
     return _clamp(0.0, 6.0)
 
 
-@rule(torch.abs, "abs", "abs_", "__abs__")
+@rule(torch.abs, "abs", "abs_")
 def absolute(x: Node) -> Slope:
     return piecewise_linear(torch.abs, lambda: ((0.0,), (-1.0, 1.0)))
 
@@ -141,12 +142,12 @@ def hardsigmoid(*args, inplace: bool = False) -> Slope:
     return piecewise_linear(F.hardsigmoid, lambda: ((-3.0, 3.0), (0.0, 1 / 6, 0.0)))
 
 
-@rule(nn.Tanh, torch.tanh, F.tanh, "tanh", "tanh_")
+@rule(nn.Tanh, torch.tanh, "tanh", "tanh_")
 def tanh(*args) -> Slope:
     return smooth(torch.tanh, lambda t: 1 - t.tanh().square(), (0.0,), limits=(-1.0, 1.0))
 
 
-@rule(nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_")
+@rule(nn.Sigmoid, torch.sigmoid, "sigmoid", "sigmoid_")
 def sigmoid(*args) -> Slope:
     def derivative(t: Tensor) -> Tensor:
         return t.sigmoid() * (-t).sigmoid()
@@ -161,7 +162,12 @@ def softplus_module(module: nn.Softplus, x: Node) -> Slope:
 
 @rule(F.softplus)
 def softplus_function(x: Node, beta: float = 1.0, threshold: float = 20.0) -> Slope:
-    # Beyond the threshold torch returns x itself, 2e-9 / beta below: taken as rounding.
+    if beta <= 0 or threshold < 20:
+        raise LipcertError(
+            f"softplus with beta = {beta} and threshold = {threshold} jumps where it becomes x; "
+            "use beta > 0 and threshold >= 20"
+        )
+    # At a threshold of 20 torch jumps down by 2e-9 / beta: taken as rounding.
     return smooth(
         lambda t: F.softplus(t, beta, threshold),
         lambda t: (beta * t).sigmoid(),
@@ -314,7 +320,8 @@ refuse(
     because="it jumps, so it has no Lipschitz constant; use a clamp or Softshrink",
 )
 refuse(
-    *(torch.exp, "exp", torch.square, "square", torch.pow, "pow", torch.sqrt, "sqrt"),
+    *(torch.exp, "exp", torch.square, "square", torch.sqrt, "sqrt"),
+    *(torch.pow, "pow", operator.pow),
     *(torch.log, "log", torch.reciprocal, "reciprocal", torch.rsqrt, "rsqrt"),
     because="its slope has no bound; clamp its input and write a rule for both together",
 )

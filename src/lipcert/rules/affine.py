@@ -1,15 +1,18 @@
-"""Rules of affine layers: dense, convolution, normalisation in eval mode, average pooling."""
+"""Rules of affine layers: dense, convolution, normalisation in eval mode, padding."""
 
-
+import operator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lipcert.convolution import convolution
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Node
-from lipcert.linear_map import Dense, LinearMap, Scale, Separable, Shape
+from lipcert.layers import Normalize
+from lipcert.linear_map import Dense, LinearMap, Scale
 from lipcert.rules.registry import Live, attribute, live, rule
 from lipcert.rules.structural import copying
 
@@ -34,7 +37,7 @@ def linear_function(x: Node, weight: Live, bias: Live | None = None) -> Affine:
     return _dense(x, weight, bias)
 
 
-@rule(torch.matmul, "matmul", "__matmul__")
+@rule(operator.matmul, torch.matmul, "matmul")
 def matmul(x: Node | Live, other: Node | Live) -> Affine:
     if isinstance(x, Node) and isinstance(other, Live) and other().ndim == 2:
         return _dense(x, Live(lambda: other().mT), None)
@@ -43,8 +46,10 @@ def matmul(x: Node | Live, other: Node | Live) -> Affine:
     raise LipcertError("only x @ W with a constant matrix W has a rule; use F.linear")
 
 
-def _tuple(value: int | tuple[int, ...], axes: int) -> Shape:
-    return (value,) * axes if isinstance(value, int) else tuple(value)
+def per_axis(value, axes: int) -> tuple:
+    """One number an axis, from one number for all or a sequence."""
+    numbers = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return numbers * axes if len(numbers) == 1 else numbers
 
 
 def _convolve(
@@ -61,14 +66,14 @@ def _convolve(
     if len(x.shape) != axes + 1:
         raise LipcertError(f"a {axes}-d convolution of an input of shape {x.shape}")
     kernel = tuple(weight().shape[2:])
-    stride, dilation = _tuple(stride, axes), _tuple(dilation, axes)
+    stride, dilation = per_axis(stride, axes), per_axis(dilation, axes)
     if padding == "valid":
         padding = 0
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         sides = tuple((t // 2, t - t // 2) for t in total)
     else:
-        sides = tuple((p, p) for p in _tuple(padding, axes))
+        sides = tuple((p, p) for p in per_axis(padding, axes))
     circulant = all(
         before + after == d * (k - 1) and n % s == 0
         for (before, after), d, k, n, s in zip(
@@ -89,7 +94,7 @@ def _convolve(
 
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def convolution_module(module: nn.Conv2d, x: Node) -> Affine | Node:
+def convolution_module(module: _ConvNd, x: Node) -> Affine | Node:
     weight = attribute(module, "weight")
     assert weight is not None
     bias = attribute(module, "bias")
@@ -110,9 +115,11 @@ def _deconvolve(
     """The adjoint of the convolution with the same weight, from this output back to x."""
     axes = weight().ndim - 2
     stride, padding, extra, dilation = (
-        _tuple(v, axes) for v in (stride, padding, extra, dilation)
+        per_axis(v, axes) for v in (stride, padding, extra, dilation)
     )
     kernel = weight().shape[2:]
+    if any(e >= s for e, s in zip(extra, stride, strict=True)):
+        raise LipcertError(f"output_padding={extra} is not below stride={stride}")
     geometry = zip(x.shape[1:], kernel, stride, padding, extra, dilation, strict=True)
     spatial = [(n - 1) * s - 2 * p + d * (k - 1) + e + 1 for n, k, s, p, e, d in geometry]
     sides = tuple((p, p) for p in padding)
@@ -127,7 +134,7 @@ def _deconvolve(
 
 
 @rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def deconvolution_module(module: nn.ConvTranspose2d, x: Node) -> Affine:
+def deconvolution_module(module: _ConvTransposeNd, x: Node) -> Affine:
     weight = attribute(module, "weight")
     assert weight is not None
     bias = attribute(module, "bias")
@@ -176,7 +183,7 @@ def _batch_norm(
 
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-def batch_norm_module(module: nn.BatchNorm2d, x: Node) -> Affine:
+def batch_norm_module(module: _BatchNorm, x: Node) -> Affine:
     names = "running_mean", "running_var", "weight", "bias"
     return _batch_norm(x, *(attribute(module, n) for n in names), module.eps)
 
@@ -197,157 +204,14 @@ def batch_norm_function(
     return _batch_norm(x, running_mean, running_var, weight, bias, eps)
 
 
-def separable(x: Node, functions: list) -> Affine:
-    """An op that acts on each of the last axes by itself, one function an axis.
+@rule(Normalize)
+def normalize(module: Normalize, x: Node) -> Affine:
+    column = (-1, *(1,) * (len(x.shape) - 1))
 
-    Args:
-        x: The input; its last `len(functions)` axes are acted on.
-        functions: For each of them a linear function of `(rows, channels = 1, n)`.
-    """
-    untouched = len(x.shape) - len(functions)
-    matrices: list[Tensor | None] = [None] * untouched
-    for n, function in zip(x.shape[untouched:], functions, strict=True):
-        identity = torch.eye(n, dtype=torch.float64)[:, None]
-        matrices.append(function(identity)[:, 0].mT)
-    ends = [n if m is None else len(m) for n, m in zip(x.shape, matrices, strict=True)]
-    fixed = Separable(x.shape, tuple(ends), tuple(matrices))
-    return Affine(lambda: fixed)
+    def map() -> LinearMap:
+        return Scale(x.shape, x.shape, 1 / module.std.reshape(column))
 
-
-def _average_pool(
-    x: Node,
-    kernel_size,
-    stride=None,
-    padding=0,
-    ceil_mode=False,
-    count_include_pad=True,
-    divisor_override=None,
-) -> Affine:
-    axes = len(x.shape) - 1
-    kernel, padding = _tuple(kernel_size, axes), _tuple(padding, axes)
-    stride = kernel if stride is None or stride == () else _tuple(stride, axes)
-
-    def along(axis: int):
-        k, s, p = kernel[axis], stride[axis], padding[axis]
-        # A fixed divisor is shared out: the first axis takes all of it.
-        divisor = None if divisor_override is None else (divisor_override if axis == 0 else 1)
-
-        def average(rows: Tensor) -> Tensor:
-            column = rows[..., None]  # the 2-d op is the one that knows a divisor
-            pooled = F.avg_pool2d(
-                column, (k, 1), (s, 1), (p, 0), ceil_mode, count_include_pad, divisor
-            )
-            return pooled[..., 0]
-
-        return average
-
-    return separable(x, [along(axis) for axis in range(axes)])
-
-
-@rule(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-def average_pool_function(x: Node, kernel_size, stride=None, padding=0, *rest, **named) -> Affine:
-    return _average_pool(x, kernel_size, stride, padding, *rest, **named)
-
-
-@rule(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-def average_pool_module(module: nn.AvgPool2d, x: Node) -> Affine:
-    m = module
-    divisor = getattr(m, "divisor_override", None)
-    geometry = m.kernel_size, m.stride, m.padding
-    return _average_pool(x, *geometry, m.ceil_mode, m.count_include_pad, divisor)
-
-
-@rule(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-def adaptive_average_pool_function(x: Node, output_size) -> Affine:
-    axes = len(x.shape) - 1
-    sizes = [
-        n if size is None else size
-        for n, size in zip(x.shape[1:], _tuple(output_size, axes), strict=True)
-    ]
-    return separable(x, [lambda rows, m=m: F.adaptive_avg_pool1d(rows, m) for m in sizes])
-
-
-@rule(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-def adaptive_average_pool_module(module: nn.AdaptiveAvgPool2d, x: Node) -> Affine:
-    return adaptive_average_pool_function(x, module.output_size)
-
-
-_ALONG = {"bilinear": "linear", "trilinear": "linear"}
-
-
-@rule(F.interpolate, nn.functional.upsample)
-def interpolate(
-    x: Node,
-    size=None,
-    scale_factor=None,
-    mode: str = "nearest",
-    align_corners=None,
-    recompute_scale_factor=None,
-    antialias: bool = False,
-) -> Affine:
-    axes = len(x.shape) - 1
-    sizes = [None] * axes if size is None else _tuple(size, axes)
-    factors = [None] * axes
-    if scale_factor is not None:
-        factors = [scale_factor] * axes if isinstance(scale_factor, int | float) else scale_factor
-
-    def along(axis: int):
-        options = {
-            "align_corners": align_corners,
-            "recompute_scale_factor": recompute_scale_factor,
-        }
-        target, factor = sizes[axis], factors[axis]
-
-        def resample(rows: Tensor) -> Tensor:
-            if mode in ("bicubic",) or antialias:  # known to the 2-d op only
-                side = rows[..., None]
-                size2 = None if target is None else (target, 1)
-                factor2 = None if factor is None else (factor, 1.0)
-                out = F.interpolate(side, size2, factor2, mode, antialias=antialias, **options)
-                return out[..., 0]
-            return F.interpolate(rows, target, factor, _ALONG.get(mode, mode), **options)
-
-        return resample
-
-    return separable(x, [along(axis) for axis in range(axes)])
-
-
-@rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
-def upsample_module(module: nn.Upsample, x: Node) -> Affine:
-    m = module
-    return interpolate(x, m.size, m.scale_factor, m.mode, m.align_corners)
-
-
-@rule(torch.mean, "mean")
-def mean(x: Node, dim=None, keepdim: bool = False) -> Affine | Node:
-    return _reduce(x, dim, keepdim, average=True)
-
-
-@rule(torch.sum, "sum")
-def total(x: Node, dim=None, keepdim: bool = False) -> Affine | Node:
-    return _reduce(x, dim, keepdim, average=False)
-
-
-def _reduce(x: Node, dim, keepdim: bool, average: bool) -> Affine | Node:
-    rank = len(x.shape) + 1
-    if dim is None:
-        raise LipcertError("without dim it mixes the samples of the batch; give dim=")
-    dims = {d % rank for d in (dim if isinstance(dim, tuple | list) else (dim,))}
-    if 0 in dims:
-        raise LipcertError("over the batch axis it mixes the samples of the batch")
-    matrices, kept = [], []
-    for axis, n in enumerate(x.shape, start=1):
-        inside = axis in dims
-        row = torch.ones(1, n, dtype=torch.float64)
-        matrices.append((row / n if average else row) if inside else None)
-        if not inside:
-            kept.append(n)
-    full = tuple(1 if m is not None else n for n, m in zip(x.shape, matrices, strict=True))
-    fixed = Separable(x.shape, full, tuple(matrices))
-    reduced = Node(Affine(lambda: fixed), (x,), full)
-    if keepdim:
-        return reduced
-    return Node(copying(lambda t: t.reshape(len(t), *kept), reduced), (reduced,), tuple(kept))
+    return Affine(map, lambda: (-module.mean / module.std).reshape(column))
 
 
 @rule(F.pad)
@@ -361,5 +225,3 @@ def pad(x: Node, pad, mode: str = "constant", value: float | None = None) -> Nod
         return Node(op, (x,), shape)
     op = copying(lambda t: F.pad(t, list(pad), mode=mode), x)
     return Node(op, (x,), op.map().out_shape)
-
-

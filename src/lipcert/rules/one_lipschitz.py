@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Box, Concat, Lipschitz, Node, node, topological
 from lipcert.layers import MaxMin
 from lipcert.linear_map import Index, Shape
-from lipcert.rules.affine import _tuple
+from lipcert.rules.affine import per_axis
 from lipcert.rules.registry import refuse, rule
 
 
@@ -35,10 +36,17 @@ def _shares(n: int, pool: Callable[[Tensor], Tensor]) -> int:
     return int((pool(torch.eye(n)[:, None]) > 0).sum(-1).max())
 
 
-def _max_pool(x: Node, fn: Callable[[Tensor], Tensor], pools: list) -> Lipschitz:
-    """|max a - max b| <= max |a - b| a window; a cell in m windows counts m times: sqrt(m)."""
+def _shared_maxima(x: Node, fn: Callable[[Tensor], Tensor], pools: list) -> Lipschitz:
+    """|max a - max b| <= max |a - b| a window; a cell in m windows counts m times: sqrt(m).
+
+    Args:
+        x: The input; its last axes are pooled.
+        fn: The pooling.
+        pools: The pooling along each axis by itself.
+    """
     with torch.no_grad():
-        counts = [_shares(n, pool) for n, pool in zip(x.shape[1:], pools, strict=True)]
+        sizes = x.shape[-len(pools) :]
+        counts = [_shares(n, pool) for n, pool in zip(sizes, pools, strict=True)]
         shape = tuple(fn(torch.zeros(1, *x.shape)).shape[1:])
     constant = math.sqrt(math.prod(counts))
     return Lipschitz(fn, shape, lambda: constant, monotone(fn))
@@ -47,8 +55,8 @@ def _max_pool(x: Node, fn: Callable[[Tensor], Tensor], pools: list) -> Lipschitz
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-@rule(F.max_pool1d, F.max_pool2d, F.max_pool3d)
-def max_pool_function(
+def _max_pool(
+    axes: int,
     x: Node,
     kernel_size,
     stride=None,
@@ -59,45 +67,53 @@ def max_pool_function(
 ) -> Lipschitz:
     if return_indices:
         raise LipcertError("the positions of maxima jump; use return_indices=False")
-    axes = len(x.shape) - 1
-    stride = kernel_size if stride is None or stride == [] else stride
-    geometry = [_tuple(v, axes) for v in (kernel_size, stride, padding, dilation)]
-
-    def along(axis: int) -> Callable[[Tensor], Tensor]:
-        k, s, p, d = (v[axis] for v in geometry)
-        return lambda rows: F.max_pool1d(rows, k, s, p, d, ceil_mode)
+    geometry = [per_axis(v, axes) for v in (kernel_size, stride or kernel_size, padding, dilation)]
 
     def fn(t: Tensor) -> Tensor:
         return _MAX_POOL[axes](t, *geometry, ceil_mode)
 
-    return _max_pool(x, fn, [along(axis) for axis in range(axes)])
+    pools = [partial(_max_pool_rows, *along, ceil_mode) for along in zip(*geometry, strict=True)]
+    return _shared_maxima(x, fn, pools)
 
 
-@rule(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-def max_pool_module(module: nn.MaxPool2d, x: Node) -> Lipschitz:
+def _max_pool_rows(k: int, s: int, p: int, d: int, ceil_mode: bool, rows: Tensor) -> Tensor:
+    return F.max_pool1d(rows, k, s, p, d, ceil_mode)
+
+
+def _max_pool_module(axes: int, module: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d, x: Node):
     m = module
     geometry = m.kernel_size, m.stride, m.padding, m.dilation
-    return max_pool_function(x, *geometry, m.ceil_mode, m.return_indices)
+    return _max_pool(axes, x, *geometry, m.ceil_mode, m.return_indices)
 
 
 _ADAPTIVE = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
 
 
-@rule(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
-def adaptive_max_pool_function(x: Node, output_size, return_indices: bool = False) -> Lipschitz:
+def _adaptive_max_pool(axes: int, x: Node, output_size, return_indices: bool = False) -> Lipschitz:
     if return_indices:
         raise LipcertError("the positions of maxima jump; use return_indices=False")
-    axes = len(x.shape) - 1
     sizes = tuple(
-        n if m is None else m for n, m in zip(x.shape[1:], _tuple(output_size, axes), strict=True)
+        n if size is None else size
+        for n, size in zip(x.shape[-axes:], per_axis(output_size, axes), strict=True)
     )
-    pools = [lambda rows, m=m: F.adaptive_max_pool1d(rows, m) for m in sizes]
-    return _max_pool(x, lambda t: _ADAPTIVE[axes](t, sizes), pools)
+    pools = [partial(F.adaptive_max_pool1d, output_size=size) for size in sizes]
+    return _shared_maxima(x, lambda t: _ADAPTIVE[axes](t, sizes), pools)
 
 
-@rule(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
-def adaptive_max_pool_module(module: nn.AdaptiveMaxPool2d, x: Node) -> Lipschitz:
-    return adaptive_max_pool_function(x, module.output_size, module.return_indices)
+def _adaptive_max_pool_module(axes: int, module: nn.Module, x: Node) -> Lipschitz:
+    return _adaptive_max_pool(axes, x, module.output_size, module.return_indices)
+
+
+for _axes, _module in ((1, nn.MaxPool1d), (2, nn.MaxPool2d), (3, nn.MaxPool3d)):
+    rule(_MAX_POOL[_axes])(partial(_max_pool, _axes))
+    rule(_module)(partial(_max_pool_module, _axes))
+for _axes, _module in (
+    (1, nn.AdaptiveMaxPool1d),
+    (2, nn.AdaptiveMaxPool2d),
+    (3, nn.AdaptiveMaxPool3d),
+):
+    rule(_ADAPTIVE[_axes])(partial(_adaptive_max_pool, _axes))
+    rule(_module)(partial(_adaptive_max_pool_module, _axes))
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,11 @@ def describe(key: Key) -> str:
     if isinstance(key, str):
         return f"Tensor.{key}"
     module = getattr(key, "__module__", "") or ""
-    name = getattr(key, "__qualname__", getattr(key, "__name__", str(key)))
-    return f"{module}.{name}".removeprefix("builtins.").replace("torch._C._nn.", "torch.")
+    name = getattr(key, "__qualname__", str(key))
+    if not isinstance(key, type):  # torch binds its functions in classes of its own
+        name = getattr(key, "__name__", name)
+    path = f"{module}.{name}".replace("torch._C._nn.", "torch.nn.functional.")
+    return path.removeprefix("builtins.").removeprefix("_")
 
 
 class Live:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Concat, Node, Sum, node
-from lipcert.linear_map import Index, Scale, identity
-from lipcert.rules.registry import Live, live, rule
+from lipcert.linear_map import Index, Scale, Shape, identity
+from lipcert.rules.registry import Live, live, refuse, rule
 
 # Rules see batches of this size; two samples show whether an op keeps them apart.
 BATCH = 2
@@ -67,7 +67,8 @@ for _keys, _fn in (
     ((torch.squeeze, "squeeze"), torch.squeeze),
     ((torch.unsqueeze, "unsqueeze"), torch.unsqueeze),
     ((torch.roll, "roll"), torch.roll),
-    ((torch.flip, "flip"), torch.flip),
+    ((torch.flip,), torch.flip),
+    (("flip",), lambda t, *d: t.flip(*d)),
     ((torch.narrow, "narrow"), torch.narrow),
     ((torch.select, "select"), torch.select),
     (("expand",), lambda t, *s: t.expand(*s)),
@@ -103,7 +104,7 @@ def tensor_attribute(x: Node, name: str) -> Affine:
 
 
 @rule(operator.getitem)
-def item(x: Node | tuple, index) -> Node | Affine:
+def item(x: Node | tuple, index) -> Node | tuple | Affine:
     if isinstance(x, Node):
         return copying(lambda t: t[index], x)
     return x[index]
@@ -169,31 +170,29 @@ def _align(t: Tensor, rank: int) -> Tensor:
     return t
 
 
-def _scaled(x: Node, factor: Live) -> Node:
-    def map() -> Scale:
-        value = factor()
-        if value.ndim > len(x.shape):
-            value = value[0]
-        return Scale(x.shape, x.shape, value)
+def _for_one_sample(constant: Live, shape: Shape) -> Live:
+    """A constant without its batch axis.
 
-    probe = factor()
-    if probe.ndim > len(x.shape) and len(probe) != 1:
-        raise LipcertError("a factor that differs between the samples of the batch")
-    inner = probe.shape[1:] if probe.ndim > len(x.shape) else probe.shape
-    if torch.broadcast_shapes(x.shape, inner) != torch.Size(x.shape):
-        raise LipcertError(f"a factor of shape {tuple(probe.shape)} enlarges {x.shape}; expand")
-    return node(Affine(map), x)
+    Raises:
+        LipcertError: It differs between the samples, or does not broadcast to the shape.
+    """
+    given = constant().shape
+    batched = len(given) > len(shape)
+    if batched and given[0] != 1:
+        raise LipcertError(f"a constant of shape {tuple(given)} that differs between the samples")
+    if torch.broadcast_shapes(shape, given[batched:]) != shape:
+        raise LipcertError(f"a constant of shape {tuple(given)} enlarges {shape}; expand it first")
+    return Live(lambda: constant()[0]) if batched else constant
 
 
-def _shifted(x: Node, shift: Live) -> Node:
-    def bias() -> Tensor:
-        value = shift()
-        return value[0] if value.ndim > len(x.shape) else value
+def _scaled(x: Node, constant: Live) -> Node:
+    factor = _for_one_sample(constant, x.shape)
+    return node(Affine(lambda: Scale(x.shape, x.shape, factor())), x)
 
-    if torch.broadcast_shapes(x.shape, bias().shape) != torch.Size(x.shape):
-        raise LipcertError(f"a shift of shape {tuple(shift().shape)} enlarges {x.shape}; expand")
+
+def _shifted(x: Node, constant: Live) -> Node:
     same = identity(x.shape)
-    return node(Affine(lambda: same, bias), x)
+    return node(Affine(lambda: same, _for_one_sample(constant, x.shape)), x)
 
 
 def _times(x: Node, factor: float) -> Node:
@@ -202,7 +201,7 @@ def _times(x: Node, factor: float) -> Node:
     return x if factor == 1 else _scaled(x, number)
 
 
-@rule(operator.add, torch.add, "add", "add_", "__add__")
+@rule(operator.add, operator.iadd, torch.add, "add", "add_")
 def add(x, y, *, alpha: float = 1) -> Node:
     if isinstance(x, Node) and isinstance(y, Node):
         shape = torch.broadcast_shapes(x.shape, y.shape)
@@ -219,12 +218,12 @@ def _as_live(value) -> Live:
     return constant
 
 
-@rule(operator.sub, torch.sub, "sub", "sub_", "__sub__")
+@rule(operator.sub, operator.isub, torch.sub, "sub", "sub_")
 def subtract(x, y, *, alpha: float = 1) -> Node:
     return add(x, y, alpha=-alpha)
 
 
-@rule(torch.rsub, "__rsub__")
+@rule(torch.rsub)
 def subtract_from(x, y, *, alpha: float = 1) -> Node:
     return subtract(y, x, alpha=alpha)
 
@@ -234,16 +233,22 @@ def negative(x: Node) -> Node:
     return _times(x, -1.0)
 
 
-@rule(operator.mul, torch.mul, "mul", "mul_", "__mul__")
+@rule(operator.mul, operator.imul, torch.mul, "mul", "mul_")
 def multiply(x, y) -> Node:
     if isinstance(x, Node) and isinstance(y, Node):
         raise LipcertError("a product of two functions of the input is not Lipschitz")
     return _scaled(x, _as_live(y)) if isinstance(x, Node) else _scaled(y, _as_live(x))
 
 
-@rule(operator.truediv, torch.div, "div", "div_", "__truediv__")
+@rule(operator.truediv, operator.itruediv, torch.div, "div", "div_")
 def divide(x, y) -> Node:
     if isinstance(y, Node):
         raise LipcertError("division by a function of the input is not Lipschitz")
     divisor = _as_live(y)
     return _scaled(x, Live(lambda: 1 / divisor()))
+
+
+refuse(
+    operator.setitem,
+    because="writing into a part of an array has no rule; build the array with torch.cat",
+)

@@ -7,7 +7,7 @@ import torch
 
 from lipcert.errors import LipcertError
 from lipcert.kinds import Constant, Kind
-from lipcert.linear_map import Add, Composition, Dense, LinearMap, Stack, Transpose
+from lipcert.linear_map import Add, Composition, Dense, LinearMap, Matrix, Stack, Transpose
 from lipcert.simplify import simplify
 from lipcert.spectral.exact import Exact, closed_form, without_isometries
 from lipcert.spectral.fourier import Fourier, as_convolution
@@ -40,7 +40,7 @@ class Auto(Strategy):
             case Add():
                 value = torch.stack([self(term).value for term in map.terms]).sum()
             case Stack():
-                value = torch.stack([self(part).value for part in map.parts]).square().sum().sqrt()
+                value = torch.linalg.vector_norm(torch.stack([self(p).value for p in map.parts]))
             case _:
                 raise LipcertError(
                     f"No affordable true bound for the {type(map).__name__} map {map.in_shape} -> "
@@ -52,15 +52,16 @@ class Auto(Strategy):
 
 def _fits_exact(map: LinearMap) -> bool:
     small = min(map.in_size, map.out_size) <= DENSE_SIDE
-    return small or isinstance(map, Dense) or closed_form(map) is not None
+    return small or isinstance(map, Dense | Matrix) or closed_form(map) is not None
 
 
 def _groups(map: Composition) -> list[LinearMap]:
     """Neighbouring factors joined as long as one strategy takes them as one operator."""
     groups: list[LinearMap] = [map.factors[0]]
     for factor in map.factors[1:]:
-        joint = without_isometries(simplify(factor @ groups[-1]))
-        if _fits_exact(joint) or as_convolution(joint) is not None:
+        joint = simplify(factor @ groups[-1])
+        # What does not matter to the norm of the group matters to the factor after it.
+        if _fits_exact(without_isometries(joint)) or as_convolution(joint) is not None:
             groups[-1] = joint
         else:
             groups.append(factor)

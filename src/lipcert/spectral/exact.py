@@ -21,7 +21,7 @@ from lipcert.linear_map import (
     Transpose,
 )
 from lipcert.simplify import simplify
-from lipcert.spectral.strategy import Strategy, differentiable
+from lipcert.spectral.strategy import Strategy, differentiable, wants_gradient
 
 # Beyond this the Gram matrix alone takes more than 2 GB.
 LARGEST_SIDE = 16384
@@ -44,27 +44,21 @@ class Exact(Strategy):
         if closed is not None:
             return Constant(closed, self.kind)
         side = min(map.in_size, map.out_size)
-        if not isinstance(map, Dense) and side > LARGEST_SIDE:
+        if not isinstance(map, Dense | Matrix) and side > LARGEST_SIDE:
             raise LipcertError(
                 f"Exact() needs the eigenvalues of a {side} x {side} matrix for the map "
                 f"{map.in_shape} -> {map.out_shape}, more than its limit of {LARGEST_SIDE}. "
                 "Use norm=Auto(), which takes the cheapest strategy that is a true bound."
             )
+        wanted = wants_gradient(map)
         with torch.no_grad():
             gram, scale = scaled_gram(map)
-            eigenvalues, vectors = _eigen(gram, vectors=_wants_gradient(map))
+            eigenvalues, vectors = _eigen(gram, vectors=wanted)
             value = scale * eigenvalues[-1].clamp(min=0).sqrt()
         if vectors is None:
             return Constant(value, self.kind)
-        if isinstance(map, Dense):  # the same matrix on every leading position
-            rows, columns = map.weight.shape
-            map = Dense((columns,), (rows,), map.weight)
         shape = map.in_shape if len(vectors) == map.in_size else map.out_shape
         return Constant(differentiable(value, map, vectors[:, -1].reshape(shape)), self.kind)
-
-
-def _wants_gradient(map: LinearMap) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in map.tensors())
 
 
 def _eigen(gram: Tensor, vectors: bool) -> tuple[Tensor, Tensor | None]:
@@ -85,7 +79,7 @@ def closed_form(map: LinearMap) -> Float[Tensor, ""] | None:
         case Index():
             return map.copies().max().to(torch.float64).sqrt()
         case Separable():
-            norms = [torch.linalg.matrix_norm(m, 2) for m in map.matrices if m is not None]
+            norms = [_matrix_norm(m) for m in map.matrices if m is not None]
             return torch.stack(norms).prod() if norms else torch.ones((), dtype=torch.float64)
         case Transpose():
             return closed_form(map.inner)
@@ -93,22 +87,31 @@ def closed_form(map: LinearMap) -> Float[Tensor, ""] | None:
             return None
 
 
-def without_isometries(map: LinearMap) -> LinearMap:
-    """The map without factors at its ends that keep its norm: reshapes, permutations, flips.
+def _matrix_norm(matrix: Tensor) -> Tensor:
+    if not matrix.isfinite().all():
+        return matrix.new_tensor(math.nan)
+    return torch.linalg.matrix_norm(matrix, 2)
 
-    On the output side a copying map may go if it copies every input exactly once; on the input
-    side if no input is copied twice and none of its outputs is a constant zero.
+
+def without_isometries(map: LinearMap) -> LinearMap:
+    """A map of the same norm without what does not matter to it.
+
+    That is: reshapes, permutations and flips at its ends, and the leading axes of a dense map. On
+    the output side a copying map may go if it copies every input exactly once; on the input side
+    if no input is copied twice and none of its outputs is a constant zero.
     """
-    if not isinstance(map, Composition):
-        return map
-    factors = list(map.factors)
+    factors = list(map.factors) if isinstance(map, Composition) else [map]
     while len(factors) > 1 and isinstance(last := factors[-1], Index) and _all_once(last):
         factors.pop()
     while len(factors) > 1 and isinstance(first := factors[0], Index) and _distinct(first):
         factors.pop(0)
-    if len(factors) == 1:
-        return factors[0]
-    return Composition(factors[0].in_shape, factors[-1].out_shape, tuple(factors))
+    if len(factors) > 1:
+        return Composition(factors[0].in_shape, factors[-1].out_shape, tuple(factors))
+    only = factors[0]
+    if isinstance(only, Dense):
+        rows, columns = only.weight.shape
+        return Dense((columns,), (rows,), only.weight)
+    return only
 
 
 def _all_once(index: Index) -> bool:
@@ -122,7 +125,7 @@ def _distinct(index: Index) -> bool:
 def scaled_gram(map: LinearMap) -> tuple[Float[Tensor, "n n"], Float[Tensor, ""]]:
     """G and s with s^2 G = A A^T or A^T A, whichever is smaller; s keeps squares in range."""
     if isinstance(map, Dense | Matrix):
-        scale = _nonzero(map.weight.abs().max())
+        scale = nonzero(map.weight.abs().max())
         weight = map.weight / scale
         return (weight @ weight.mT if len(weight) < weight.shape[1] else weight.mT @ weight), scale
     on_input = map.in_size <= map.out_size
@@ -132,7 +135,7 @@ def scaled_gram(map: LinearMap) -> tuple[Float[Tensor, "n n"], Float[Tensor, ""]
     like = map.like
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn((1, side), generator=generator, dtype=like.dtype).to(like.device)
-    scale = _nonzero(torch.linalg.vector_norm(forward(probe.reshape(1, *shape))) / side**0.5)
+    scale = nonzero(forward(probe.reshape(1, *shape)).abs().max())
     gram = like.new_empty(side, side)
     chunk = max(1, _CHUNK_BYTES // (8 * max(map.in_size, map.out_size)))
     for begin in range(0, side, chunk):
@@ -144,5 +147,6 @@ def scaled_gram(map: LinearMap) -> tuple[Float[Tensor, "n n"], Float[Tensor, ""]
     return (gram + gram.mT) / 2, scale
 
 
-def _nonzero(scale: Tensor) -> Tensor:
+def nonzero(scale: Tensor) -> Tensor:
+    """The scale to divide by: 1 for zero."""
     return scale.where(scale != 0, 1)

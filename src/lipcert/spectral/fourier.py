@@ -23,7 +23,7 @@ from lipcert.errors import LipcertError
 from lipcert.kinds import Constant, Kind
 from lipcert.linear_map import LinearMap, Transpose
 from lipcert.simplify import simplify
-from lipcert.spectral.exact import without_isometries
+from lipcert.spectral.exact import nonzero, without_isometries
 from lipcert.spectral.strategy import Strategy
 
 _CHUNK_BYTES = 2**27
@@ -69,8 +69,7 @@ def _largest(conv: Conv) -> tuple[Tensor, Tensor, int]:
     """The largest symbol norm with its frequency and channel group."""
     best = conv.weight.new_tensor(-1.0)
     where, group = torch.zeros(conv.axes), 0
-    scale = conv.weight.abs().max()
-    scale = scale.where(scale != 0, 1)
+    scale = nonzero(conv.weight.abs().max())
     for frequencies in _chunks(conv):
         blocks = symbol(conv, frequencies) / scale
         short = blocks.shape[-2] <= blocks.shape[-1]
@@ -110,7 +109,8 @@ def _chunks(conv: Conv) -> Iterator[Float[Tensor, "f axes"]]:
     coarse = [n // s for n, s in zip(cells, conv.stride, strict=True)]
     ranges = [torch.arange(coarse[0] // 2 + 1), *(torch.arange(m) for m in coarse[1:])]
     index = torch.cartesian_prod(*ranges).reshape(-1, conv.axes)
-    frequencies = (index / torch.tensor(cells)).to(conv.weight)
+    # Converted before the division, which would round to the default precision.
+    frequencies = index.to(conv.weight) / torch.tensor(cells).to(conv.weight)
     block_bytes = 16 * conv.weight.shape[0] * conv.weight.shape[1] * math.prod(conv.stride)
     yield from frequencies.split(max(1, _CHUNK_BYTES // block_bytes))
 
@@ -131,7 +131,7 @@ def symbol(
         Shape `(f, groups, out / groups, s^axes * in / groups)`.
     """
     aliases = torch.tensor(list(itertools.product(*(range(s) for s in conv.stride))))
-    shifts = (aliases / torch.tensor(conv.stride)).to(frequencies)
+    shifts = aliases.to(frequencies) / torch.tensor(conv.stride).to(frequencies)
     fine = frequencies[:, None] + shifts  # (f, aliases, axes)
     taps = torch.cartesian_prod(*(torch.arange(k) for k in conv.kernel)).reshape(-1, conv.axes)
     offsets = (taps * torch.tensor(conv.dilation)).to(frequencies)

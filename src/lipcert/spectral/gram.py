@@ -11,7 +11,7 @@ from lipcert.errors import LipcertError
 from lipcert.kinds import Constant, Kind
 from lipcert.linear_map import LinearMap
 from lipcert.simplify import simplify
-from lipcert.spectral.exact import closed_form, scaled_gram, without_isometries
+from lipcert.spectral.exact import closed_form, nonzero, scaled_gram, without_isometries
 from lipcert.spectral.fourier import _chunks, as_convolution, symbol
 from lipcert.spectral.strategy import Strategy
 
@@ -53,11 +53,12 @@ class Gram(Strategy):
                 f"Gram() fits maps whose smaller side is at most {DENSE_SIDE} and convolutions, "
                 f"not the {type(map).__name__} {map.in_shape} -> {map.out_shape}. Use norm=Auto()."
             )
+        scale = nonzero(conv.weight.abs().max())
         largest = [
             self._close((b @ b.mH if b.shape[-2] <= b.shape[-1] else b.mH @ b).flatten(0, 1))
-            for b in (symbol(conv, f) for f in _chunks(conv))
+            for b in (symbol(conv, f) / scale for f in _chunks(conv))
         ]
-        return Constant(torch.stack(largest).max(), self.kind)
+        return Constant(scale * torch.stack(largest).max(), self.kind)
 
     def _close(self, gram: Inexact[Tensor, "batch n n"]) -> Tensor:
         """The largest of the bounds on sqrt(lambda_max) for a batch of Gram matrices."""
@@ -73,8 +74,10 @@ class Gram(Strategy):
         frobenius = torch.linalg.matrix_norm(gram)
         row_sum = gram.abs().sum(-1).amax(-1)
         mean = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1) / n
-        spread = (frobenius.square() / n - mean.square()).clamp(min=0)
-        wolkowicz_styan = mean + (spread * (n - 1)).sqrt()
+        # The spread from differences: those of squares would lose half of the digits.
+        centre = mean[:, None, None] * torch.eye(n, dtype=gram.dtype, device=gram.device)
+        spread = torch.linalg.matrix_norm(gram - centre)
+        wolkowicz_styan = mean + ((n - 1) / n) ** 0.5 * spread
         bound = torch.stack([frobenius, row_sum, wolkowicz_styan]).amin(0)
         zero = bound == 0
         bound = bound.where(~zero, 1)

@@ -44,13 +44,18 @@ class PowerIteration(Strategy):
         with torch.no_grad():
             for _ in range(self.steps):
                 vector = _unit(map.adjoint(_unit(map.apply(vector[None]), None)), vector)
-        norm = torch.linalg.vector_norm(map.apply(vector[None]))
+        norm = _norm(map.apply(vector[None]))
         return Constant(norm, self.kind), vector
+
+
+def _norm(x: Tensor) -> Tensor:
+    """In float64: in float32, squares of 1e-30 are zero and those of 1e30 infinite."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64).to(x)
 
 
 def _unit(x: Tensor, fallback: Tensor | None) -> Tensor:
     """x / ||x||; where that is 0/0, the fallback (or x) instead. No synchronisation."""
-    norm = torch.linalg.vector_norm(x)
+    norm = _norm(x)
     ok = (norm > 0) & norm.isfinite()
     unit = x / norm.where(ok, 1)
     return unit if fallback is None else unit[0].where(ok, fallback)

@@ -38,6 +38,11 @@ class Strategy(ABC):
         raise NotImplementedError
 
 
+def wants_gradient(map: LinearMap) -> bool:
+    """Whether a norm of the map is to be differentiated in its weights."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in map.tensors())
+
+
 def differentiable(value: Tensor, map: LinearMap, vector: Tensor) -> Tensor:
     """`value`, with the gradient that ||A v|| has at the unit top singular vector v.
 
@@ -49,7 +54,7 @@ def differentiable(value: Tensor, map: LinearMap, vector: Tensor) -> Tensor:
         map: The map A, in the precision of `vector`.
         vector: v, shape `in_shape`, or `out_shape` to differentiate the adjoint instead.
     """
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in map.tensors())):
+    if not wants_gradient(map):
         return value
     on_input = vector.shape == map.in_shape
     image = map.apply(vector[None]) if on_input else map.adjoint(vector[None])

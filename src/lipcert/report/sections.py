@@ -1,0 +1,226 @@
+"""The sections of a report on one run; a section without anything to show is empty."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from lipcert.data import Dataset
+from lipcert.radii import parse_radius
+from lipcert.recipe import settings
+from lipcert.report import wording
+from lipcert.report.figures import line_key, thumbnail, training_figure
+from lipcert.report.markup import Html, join, number, percent, rounded_down, table, tag
+from lipcert.report.results import Results
+
+_PICTURES = 6  # in each group of sample images
+_CLASSES = 20  # a longer table of classes starts folded
+
+
+def tiles(r: Results) -> Html:
+    """The handful of numbers that everybody looks for."""
+    s = r.summary
+    text, certified = next(iter(s.cra.items()))
+    shown = {
+        "Clean accuracy": percent(s.clean_accuracy),
+        f"{wording.adjective(s.kind).capitalize()} at {text}": percent(certified),
+        "Average radius (ACR)": number(s.average_radius),
+        "Median radius": number(s.median_radius),
+    }
+    if r.bound:
+        shown[f"Lipschitz constant ({r.bound.kind})"] = number(r.bound.lipschitz)
+    return tag(
+        "dl",
+        *(tag("div", tag("dt", name), tag("dd", value)) for name, value in shown.items()),
+        class_="tiles",
+    )
+
+
+def by_radius(r: Results) -> Html:
+    """What is certified and what the attack left, radius by radius."""
+    s, attacked = r.summary, r.attack.robust_accuracy
+    rows = []
+    for text in sorted({**s.cra, **attacked}, key=parse_radius):
+        found = attacked.get(text)
+        certified = r.certified(text) / s.samples
+        how = wording.effort(found, s.samples) if found else ""
+        if found and found.samples < s.samples:
+            part = r.certified(text, found.samples) / found.samples
+            how += f"; {percent(part)} of these are {wording.adjective(s.kind)}"
+        upper = found.value if found else None
+        bar = _bar(certified, s.clean_accuracy if upper is None else upper)
+        rows.append((text, percent(certified), percent(upper), bar, how))
+    head = ("L2 radius", wording.measure(s.kind), "Attacked", "", "Attack")
+    notes: list[object] = [
+        f"Clean accuracy, at radius 0, is {percent(s.clean_accuracy)}. In a bar, the blue part is "
+        f"{wording.adjective(s.kind)}, the grey part open, the empty part wrong or lost to attack."
+    ]
+    missing = [text for text in s.cra if text not in attacked]
+    if missing:
+        command = tag("code", wording.attack_command(r.run, missing))
+        notes.append(join(f"Not attacked at {', '.join(missing)}; to do so: ", command))
+    return join(
+        table(head, rows, words=("", "Attack")),
+        *(tag("p", note, class_="note") for note in notes),
+        tag("p", _inside(r)),
+    )
+
+
+def _inside(r: Results) -> Html:
+    inside, ball = r.attack.inside, f"{wording.adjective(r.summary.kind)} ball"
+    if inside is None:
+        command = tag("code", wording.attack_command(r.run, ()))
+        return join(f"Not attacked inside the {ball}s; to do so: ", command)
+    counts = tag("strong", f"{inside.attacked} attacked, {inside.flipped} flipped")
+    how = wording.effort(inside, r.summary.samples)
+    return join(f"Attack inside every {ball}: ", counts, f" ({how}).")
+
+
+def _bar(full: float, half: float) -> Html:
+    style = f"--full: {100 * full:.1f}%; --half: {100 * half:.1f}%"
+    return tag("span", class_="bar", style=style)
+
+
+def published(r: Results) -> Html:
+    """The numbers of the paper, each with its source, beside those of the run."""
+    s = r.summary
+    ours = {"clean accuracy": percent(s.clean_accuracy)}
+    ours |= {f"CRA at {text}": percent(fraction) for text, fraction in s.cra.items()}
+    ours |= {"average certified radius": number(s.average_radius)}
+    ours |= {"median certified radius": number(s.median_radius)}
+    rows = []
+    for p in r.run.recipe.published:
+        value = number(p.value) if "radius" in p.what else percent(p.value)
+        rows.append((p.what, value, ours.get(p.what, "–"), p.source, p.certainty))
+    head = ("What", "Published", f"This run: {s.kind}", "Source", "How sure")
+    return table(head, rows, words=("Source", "How sure")) if rows else Html()
+
+
+def images(r: Results, data: Dataset | str) -> Html:
+    """Samples with large, middling and small radii, and wrong ones; or why there are none."""
+    if isinstance(data, Dataset) and not _are_those(r, data):
+        data = "No images here: the data found now are not those that were certified."
+    if isinstance(data, str):
+        return tag("p", data, class_="note")
+    order = np.argsort(r.radius, kind="stable")
+    proved = order[r.right[order] & (r.radius[order] > 0)]
+    middle = max(0, (len(proved) - _PICTURES) // 2)
+    adjective = wording.adjective(r.summary.kind)
+    groups = {
+        f"Largest {adjective} radius": proved[::-1],
+        "Around the median": proved[middle:],
+        f"Right, smallest {adjective} radius": proved,
+        "Wrong, largest radius first": order[~r.right[order]][::-1],
+    }
+    shown = (
+        tag("div", tag("p", tag("strong", title)), _group(r, data, members[:_PICTURES].tolist()))
+        for title, members in groups.items()
+    )
+    note = "Label → prediction, and below it the radius, rounded down."
+    return join(tag("p", note, class_="note"), tag("div", *shown, class_="groups"))
+
+
+def _are_those(r: Results, data: Dataset) -> bool:
+    same = np.array_equal(data.labels.numpy(), r.label) and data.split == r.summary.split
+    return same and set(r.prediction.tolist()) <= set(range(len(data.classes)))
+
+
+def _group(r: Results, data: Dataset, members: Iterable[int]) -> Html:
+    figures = []
+    for i in members:
+        caption = f"{data.classes[r.label[i]]} → {data.classes[r.prediction[i]]}"
+        picture = thumbnail(data.pixels(slice(i, i + 1))[0].numpy())
+        name = tag("b", caption, class_="good" if r.right[i] else "wrong")
+        words = tag("figcaption", name, tag("br"), rounded_down(float(r.radius[i])))
+        figures.append(tag("figure", tag("img", src=picture, alt=caption), words))
+    return tag("div", *figures, class_="pictures") if figures else tag("p", "None.", class_="note")
+
+
+def by_class(r: Results) -> Html:
+    """One row a class; many classes start folded."""
+    radii = list(r.summary.cra)
+    cra = (f"{wording.measure(r.summary.kind)} at {text}" for text in radii)
+    head = ("Class", "Images", "Clean", *cra, "Median radius")
+    rows = [
+        (
+            *(c.name, c.samples, percent(c.clean_accuracy)),
+            *(percent(c.cra.get(text)) for text in radii),
+            number(c.median_radius),
+        )
+        for c in r.summary.classes
+    ]
+    whole = table(head, rows)
+    if len(rows) <= _CLASSES:
+        return whole
+    return tag("details", tag("summary", f"{len(rows)} classes"), whole)
+
+
+def layers(r: Results) -> Html:
+    """The bound layer by layer; empty without bound.json."""
+    b = r.bound
+    if b is None:
+        return Html()
+    rows = [
+        (
+            *(row.name, row.op, number(row.gain), number(row.prefix), number(row.sampled)),
+            number(row.prefix / row.sampled) if row.sampled > 0 else "–",
+            percent(row.share),
+            _bar(min(1.0, max(0.0, row.share)), 0.0),
+        )
+        for row in b.layers
+    ]
+    head = ("Layer", "Node", "Own constant", "Bound so far", "Sampled", "Looseness", "Share", "")
+    whole = (
+        f"Bound {b.bound}, kind {b.kind}. Constant of the logit vector: {number(b.lipschitz)}, and "
+        f"at least {number(b.sampled_lower_bound)} by sampling."
+    )
+    if b.median_pair is not None:
+        whole += (
+            f" Of the differences of two logits: {number(b.smallest_pair)} to "
+            f"{number(b.largest_pair)}, median {number(b.median_pair)}."
+        )
+    explained = tag("p", wording.LAYERS_EXPLAINED, class_="note")
+    return join(tag("p", whole), table(head, rows, words=("Node", "")), explained)
+
+
+def training(r: Results) -> Html:
+    """Loss and validation accuracy; empty without metrics.jsonl."""
+    if not r.epochs:
+        return Html()
+    last = r.epochs[-1]
+    text = (
+        f"{len(r.epochs)} epochs; at the end the loss is {last.loss:.4g} and the training "
+        f"accuracy {percent(last.train_accuracy)}."
+    )
+    if last.validation_accuracy is None:
+        keys = [tag("li", line_key(0), "loss; no validation part was held out")]
+    else:
+        eps = f"{r.run.recipe.eps:.4g}"
+        keys = [
+            tag("li", line_key(0), "loss (left), validation accuracy (right)"),
+            tag("li", line_key(1), f"validation CRA at {eps}: an estimate, not certified"),
+        ]
+    plot = tag("div", training_figure(r.epochs), class_="scroll", tabindex="0")
+    return join(tag("p", text), tag("figure", tag("ul", *keys, class_="legend"), plot))
+
+
+def provenance(r: Results) -> Html:
+    """Commands, settings, time and versions."""
+    s = r.summary
+    chosen = {
+        k: f"{v:.6g}" if isinstance(v, float) else v for k, v in settings(r.run.recipe).items()
+    }
+    times = f"certifying {s.seconds:.3g} s"
+    if r.epochs:
+        times = f"training {sum(e.seconds for e in r.epochs):.3g} s, {times}"
+    facts = {
+        "Settings": ", ".join(f"{name} {value}" for name, value in chosen.items()),
+        "Time": times,
+    }
+    names = dict.fromkeys([*r.start.versions, *s.versions])
+    rows = [(n, r.start.versions.get(n, "–"), s.versions.get(n, "–")) for n in names]
+    head = ("What", "Trained with", "Certified with")
+    return join(
+        tag("pre", tag("code", "\n".join(wording.all_commands(r)))),
+        *(tag("p", tag("strong", f"{name}: "), f"{fact}.") for name, fact in facts.items()),
+        table(head, rows, words=head),
+    )

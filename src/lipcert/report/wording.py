@@ -1,0 +1,182 @@
+"""What a report says in words: claims, warnings, commands, glossary."""
+
+import shlex
+from collections.abc import Iterable
+
+from lipcert import recipes
+from lipcert.kinds import Kind
+from lipcert.recipe import settings
+from lipcert.report.markup import Html, join, percent, tag
+from lipcert.report.results import Attacked, Inside, Results, Summary
+from lipcert.run import Run
+
+GLOSSARY = {
+    "Radius": (
+        "L2 distance, in units of the network's input (pixels in [0, 1]), within which the "
+        "predicted class cannot change. Images on which nothing is proved have radius 0."
+    ),
+    "CRA, also VRA": (
+        "Certified (verified) robust accuracy at a radius: the part of all images that are "
+        "classified right and whose prediction provably stays the same within that radius."
+    ),
+    "ACR": (
+        "Average certified radius over all images; a wrong prediction counts as 0, also in the "
+        "median radius."
+    ),
+    "Upper side": (
+        "Accuracy under attack: the part of the images that an attack (PGD) left right. True "
+        "robust accuracy lies between the certified and the attacked."
+    ),
+    "Kinds": (
+        "Upper: proved, about the network in real arithmetic. Probabilistic: proved but for the "
+        "stated probability of failure. Estimate: not proved, and no certificate."
+    ),
+}
+
+LAYERS_EXPLAINED = (
+    "Own constant: of this layer alone. Bound so far: of everything from the input up to and "
+    "including the layer. Sampled: the largest Jacobian norm seen on images, below which the true "
+    "constant cannot be. Looseness: bound over sampled, the most that the bound can be off by. "
+    "Share: the part of the final looseness, on a log scale, that this layer adds."
+)
+
+
+def adjective(kind: Kind) -> str:
+    """What certificates of this kind may be called."""
+    return "estimated" if kind is Kind.ESTIMATE else "certified"
+
+
+def measure(kind: Kind) -> str:
+    """The name of certified robust accuracy of this kind."""
+    return "CRA estimate" if kind is Kind.ESTIMATE else "CRA"
+
+
+def badge(summary: Summary) -> str:
+    """The kind of a claim in a few words."""
+    match summary.kind:
+        case Kind.UPPER:
+            return "upper: proved, in real arithmetic"
+        case Kind.PROBABILISTIC:
+            return f"probabilistic: may fail with probability {summary.failure_probability:.1e}"
+        case Kind.ESTIMATE:
+            return "ESTIMATE: no certificate"
+
+
+def claim(summary: Summary) -> str:
+    """What is proved, in one sentence, at the first of the radii of interest."""
+    text, fraction = next(iter(summary.cra.items()))
+    images = f"{percent(fraction)} of the {summary.samples} {summary.split} images"
+    within = f"within an L2 distance of {text}"
+    match summary.kind:
+        case Kind.UPPER:
+            return f"For {images} the predicted class is right and provably cannot change {within}."
+        case Kind.PROBABILISTIC:
+            return (
+                f"But for a failure probability of {summary.failure_probability:.1e} in all, it is "
+                f"proved that for {images} the predicted class is right and cannot change {within}."
+            )
+        case Kind.ESTIMATE:
+            return (
+                f"Nothing is proved. If the estimated constants were true bounds, then for "
+                f"{images} the predicted class would be right and could not change {within}."
+            )
+
+
+def banner(name: str, title: str, text: object) -> Html:
+    """A box that nobody overlooks: `name` is error or caution."""
+    return tag("div", tag("strong", title), text, class_=f"banner {name}", role="alert")
+
+
+def warnings(results: Results, of: str = "") -> Html:
+    """Banners where there is no certificate, or where the attack contradicts it.
+
+    Args:
+        results: The run.
+        of: Goes before every title, to name the run.
+    """
+    banners = []
+    kind = results.summary.kind
+    if kind is Kind.ESTIMATE:
+        banners.append(
+            banner(
+                "caution",
+                f"{of}ESTIMATE: these are not certificates",
+                "The constants behind every radius of this run were estimated, and may be below "
+                "the true ones. For certificates, certify with a true bound.",
+            )
+        )
+    found = [_refuted_at(results, text) for text in results.contradictions()]
+    inside = results.attack.inside
+    if inside and inside.flipped:
+        found.append(
+            f"{inside.flipped} of {inside.attacked} predictions were changed inside their "
+            f"{adjective(kind)} balls."
+        )
+    if found:
+        title, verdict = _VERDICTS[kind]
+        banners.append(banner("error", f"{of}ERROR: {title}", " ".join([*found, verdict])))
+    return join(*banners)
+
+
+_BUG = "Do not use these numbers, and please report the bug with the run directory."
+_VERDICTS = {
+    Kind.UPPER: (
+        "the attack contradicts the certificates",
+        f"A proof and a counterexample cannot both be right: there is a bug. {_BUG}",
+    ),
+    Kind.PROBABILISTIC: (
+        "the attack contradicts the certificates",
+        f"Unless the unlikely failure has happened, there is a bug. {_BUG}",
+    ),
+    Kind.ESTIMATE: ("the attack refutes the estimate", "The radii are larger than the true ones."),
+}
+
+
+def _refuted_at(results: Results, text: str) -> str:
+    found = results.attack.robust_accuracy[text]
+    certified = results.certified(text, found.samples) / found.samples
+    return (
+        f"At {text} the attack left {percent(found.value)} of {found.samples} images right, but "
+        f"{percent(certified)} of them are {adjective(results.summary.kind)}."
+    )
+
+
+def effort(found: Attacked | Inside, samples: int) -> str:
+    """How hard an attack tried; `samples` is how many there are in all."""
+    part = f"first {found.samples} images, " if found.samples < samples else ""
+    return f"{part}{found.steps} steps, {found.restarts} starts, seed {found.seed}"
+
+
+def attack_command(run: Run, radii: Iterable[str], found: Attacked | Inside | None = None) -> str:
+    """The command that attacks at these radii (none: inside the balls), as hard as `found` did."""
+    options = [word for text in radii for word in ("--eps", text)]
+    if found is not None:
+        numbers = ("steps", "restarts", "samples", "seed")
+        options += [word for n in numbers for word in (f"--{n}", str(getattr(found, n)))]
+    return shlex.join(["lipcert", "attack", str(run.folder), *options])
+
+
+def all_commands(results: Results) -> list[str]:
+    """The commands that make the run and this report of it once more."""
+    run, summary = results.run, results.summary
+    if run.recipe.name not in recipes.names():
+        return [f"# {run.recipe.name} is no recipe of the command line; use lipcert.train"]
+    folder = str(run.folder)
+    train = ["lipcert", "train", run.recipe.name, "--out", folder]
+    certify = ["lipcert", "certify", folder, "--bound", summary.bound]
+    certify += [word for text in summary.cra for word in ("--eps", text)]
+    usual = settings(recipes.get(run.recipe.name))
+    for name, value in settings(run.recipe).items():
+        train += ["--set", f"{name}={value}"] if value != usual[name] else []
+    if summary.data != run.recipe.data:
+        certify += ["--data", summary.data]
+    attack = results.attack
+    attacks = [attack_command(run, [t], found) for t, found in attack.robust_accuracy.items()]
+    if attack.inside:
+        attacks.append(attack_command(run, [], attack.inside))
+    return [
+        shlex.join(train),
+        shlex.join(certify),
+        *attacks,
+        shlex.join(["lipcert", "report", folder]),
+    ]
