@@ -7,7 +7,7 @@ from torch import Tensor, nn
 def jacobians(f: nn.Module, x: Tensor) -> Tensor:
     """d f_i / d x at each sample, `(n, outputs, inputs)`."""
     x = x.detach().requires_grad_()
-    outputs = f(x).flatten(1)
+    outputs = f(x).reshape(len(x), -1)
     rows = [torch.autograd.grad(o.sum(), x, retain_graph=True)[0] for o in outputs.unbind(1)]
     return torch.stack(rows, 1).flatten(2).detach()
 
@@ -25,7 +25,7 @@ def best_quotients(f: nn.Module, shape: tuple[int, ...], pairs: int = 1000, step
     for _ in range(steps):
         x.requires_grad_()
         y.requires_grad_()
-        quotients = (f(x) - f(y)).flatten(1) / (x - y).flatten(1).norm(dim=1, keepdim=True)
+        quotients = (f(x) - f(y)).reshape(pairs, -1) / (x - y).flatten(1).norm(dim=1, keepdim=True)
         found.append(quotients.detach())
         classes = quotients.shape[1]
         aim = torch.nn.functional.one_hot(torch.arange(pairs) % classes, classes).to(x.dtype)

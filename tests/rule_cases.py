@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from nets import Net
 from torch import nn
 
 from lipcert.layers import MaxMin, Normalize
+from nets import Net
 
 
 class Fn(nn.Module):
@@ -147,7 +147,9 @@ AFFINE = {
         *(2, 3, 2),
         w=(2, 1, 3, 2),
     ),
-    "F.conv_transpose3d": net(lambda s, x: F.conv_transpose3d(x, s.w), 1, 2, 2, 2, w=(1, 2, 2, 1, 2)),
+    "F.conv_transpose3d": net(
+        lambda s, x: F.conv_transpose3d(x, s.w), *(1, 2, 2, 2), w=(1, 2, 2, 1, 2)
+    ),
     "BatchNorm1d": layer(lambda: nn.BatchNorm1d(4), 4),
     "BatchNorm1d on sequences": layer(lambda: nn.BatchNorm1d(4, affine=False), 4, 3),
     "BatchNorm2d": layer(lambda: nn.BatchNorm2d(4, eps=0.1), 4, 3, 2),
@@ -214,7 +216,9 @@ AFFINE = {
     "F.pad reflect": net(lambda s, x: F.pad(x, (2, 1), mode="reflect"), 2, 3),
     "F.pad circular": net(lambda s, x: F.pad(x, (2, 1), "circular"), 2, 3),
     **{
-        f"{kind}Pad{n}d": layer(lambda kind=kind, n=n: getattr(nn, f"{kind}Pad{n}d")(1), 2, *(2, 3, 2)[:n])
+        f"{kind}Pad{n}d": layer(
+            lambda kind=kind, n=n: getattr(nn, f"{kind}Pad{n}d")(1), *(2, 2, 3, 2)[: n + 1]
+        )
         for kind in ("Zero", "Reflection", "Replication", "Circular")
         for n in (1, 2, 3)
     },
@@ -295,6 +299,10 @@ AFFINE = {
     "torch.div": net(lambda s, x: torch.div(x, 3), 3),
     "x.div": net(lambda s, x: x.div(4), 3),
     "x.div_": net(lambda s, x: (x + 1).div_(4), 3),
+    "torch.cumsum": net(lambda s, x: torch.cumsum(x, 1), 5),
+    "x.cumsum": net(lambda s, x: x.cumsum(dim=-2), 3, 2),
+    "torch.diff": net(lambda s, x: torch.diff(x), 2, 4),
+    "x.diff": net(lambda s, x: x.diff(2, dim=1), 4),
     "two shapes": net(lambda s, x: x[:, :1] + x, 2, 3),
     "Identity": layer(nn.Identity, 3),
     "Dropout": layer(nn.Dropout, 3),
@@ -348,6 +356,43 @@ LIPSCHITZ = {
     "F.adaptive_max_pool2d": (net(lambda s, x: F.adaptive_max_pool2d(x, (2, 3)), 1, 3, 5), 2),
     "F.adaptive_max_pool3d": (net(lambda s, x: F.adaptive_max_pool3d(x, 1), 1, 2, 2, 2), 1),
 }  # fmt: skip
+
+# Functions of vectors with their constants; first those that rise with every input.
+RISING = {
+    "torch.logsumexp": (net(lambda s, x: torch.logsumexp(x, 1), 4), 1),
+    "x.logsumexp": (net(lambda s, x: x.logsumexp((1, 2), keepdim=True), 2, 3), 1),
+    "torch.amax": (net(lambda s, x: torch.amax(x, -1), 2, 3), 1),
+    "x.amax": (net(lambda s, x: x.amax((1, 2)), 2, 3), 1),
+    "torch.amin": (net(lambda s, x: torch.amin(x, 1, True), 2, 3), 1),
+    "x.amin": (net(lambda s, x: x.amin(dim=-1), 3), 1),
+    "torch.sort": (net(lambda s, x: torch.sort(x, 1, descending=True)[0], 4, 2), 1),
+    "x.sort": (net(lambda s, x: x.sort().values, 2, 4), 1),
+    "torch.topk": (net(lambda s, x: torch.topk(x, 2)[0], 4), 1),
+    "x.topk": (net(lambda s, x: x.topk(3, 1, largest=False).values, 4, 2), 1),
+    "torch.kthvalue": (net(lambda s, x: torch.kthvalue(x, 2, 1).values, 4), 1),
+    "x.kthvalue": (net(lambda s, x: x.kthvalue(1, keepdim=True)[0], 2, 3), 1),
+    "torch.median": (net(lambda s, x: torch.median(x, 1)[0], 5), 1),
+    "x.median": (net(lambda s, x: x.median(-1, keepdim=True).values, 2, 4), 1),
+}
+VECTOR = {
+    "F.softmax": (net(lambda s, x: F.softmax(x, 1), 2), 0.5),
+    "torch.softmax": (net(lambda s, x: torch.softmax(x, dim=-1), 3, 4), 0.5),
+    "x.softmax": (net(lambda s, x: x.softmax(1), 4, 2), 0.5),
+    "softmax of one": (net(lambda s, x: x.softmax(1), 1, 3), 0),
+    "Softmax": (layer(lambda: nn.Softmax(1), 3), 0.5),
+    "F.log_softmax": (net(lambda s, x: F.log_softmax(x, dim=1), 4), 2),
+    "torch.log_softmax": (net(lambda s, x: torch.log_softmax(x, -1), 2, 3), 3**0.5),
+    "x.log_softmax": (net(lambda s, x: x.log_softmax(1), 2), 2**0.5),
+    "LogSoftmax": (layer(lambda: nn.LogSoftmax(1), 5), 5**0.5),
+    "torch.linalg.vector_norm": (net(lambda s, x: torch.linalg.vector_norm(x, dim=1), 4), 1),
+    "3-norm": (net(lambda s, x: torch.linalg.vector_norm(x, 3, (1, 2)), 3, 2), 1),
+    "1.5-norm": (net(lambda s, x: torch.linalg.vector_norm(x, 1.5, 1), 4), 4 ** (1 / 6)),
+    "torch.norm": (net(lambda s, x: torch.norm(x, dim=1, keepdim=True), 4), 1),
+    "x.norm": (net(lambda s, x: x.norm(p=1, dim=-1), 2, 9), 3),
+    "largest entry": (net(lambda s, x: x.norm(float("inf"), 1), 4), 1),
+    "torch.std": (net(lambda s, x: torch.std(x, 1), 5), 0.5),
+    "x.std": (net(lambda s, x: x.std(1, unbiased=False, keepdim=True), 4, 2), 0.5),
+}
 
 JUMPS, STEEP, DIVIDES = "it jumps", "its slope has no bound", "divides by the sample's own size"
 RECURRENT, ATTENTION = "gated recurrence", "attention is not Lipschitz"
@@ -405,8 +450,17 @@ REFUSED = [
     (net(lambda s, x: x.clamp(max=s.w), 3, w=3), "use numbers"),
     (net(lambda s, x: torch.maximum(x, s.w), 3, w=3), "with a constant: use clamp"),
     (net(lambda s, x: torch.maximum(x, x[:, :1]), 3), "expand one of them first"),
-    (net(lambda s, x: x.max(1).values, 3), "max over an axis has no rule"),
-    (net(lambda s, x: torch.min(x, dim=1)[0], 3), "min over an axis has no rule"),
+    (net(lambda s, x: x.max(1).values, 3), "max over an axis has no rule; use torch.amax"),
+    (net(lambda s, x: torch.min(x, dim=1)[0], 3), "min over an axis has no rule; use torch.amin"),
+    (net(lambda s, x: x.amax(0, keepdim=True) + x, 3), BATCH_MIXED),
+    (net(lambda s, x: x.softmax(0), 3), BATCH_MIXED),
+    (net(lambda s, x: x.median() + x, 3), BATCH_MIXED),
+    (net(lambda s, x: x / x.norm(), 3), BATCH_MIXED),
+    (net(lambda s, x: x.norm(p=0.5, dim=1), 3), "not Lipschitz; use ord >= 1"),
+    (net(lambda s, x: x.topk(2, sorted=False)[0], 3), "use sorted=True"),
+    (net(lambda s, x: x.sort(1).indices * x, 3), "the attribute .indices has no rule"),
+    (net(lambda s, x: x.std(), 3), "give dim="),
+    (net(lambda s, x: x.std(1, correction=2), 3), "use unbiased="),
     (net(lambda s, x: F.max_pool1d(x, 2, return_indices=True)[0], 1, 4), "positions of maxima"),
     (layer(lambda: nn.AdaptiveMaxPool1d(2, return_indices=True), 1, 4), "positions of maxima"),
     (net(lambda s, x: s.w @ x, 3, 2, w=(4, 3)), "only x @ W"),
@@ -456,8 +510,16 @@ class _Attention(nn.Module):
 
 REFUSED += [
     (Net(lambda: _Attention(nn.MultiheadAttention(4, 2), 1, 2, 3), (3, 4)), ATTENTION),
-    (Net(lambda: _Attention(nn.TransformerDecoderLayer(4, 2, 4, batch_first=True), 1, 2), (3, 4)), ATTENTION),
-    (Net(lambda: _Attention(nn.Transformer(4, 2, 1, 1, 4, batch_first=True), 1, 2), (3, 4)), ATTENTION),
+    (
+        Net(
+            lambda: _Attention(nn.TransformerDecoderLayer(4, 2, 4, batch_first=True), 1, 2), (3, 4)
+        ),
+        ATTENTION,
+    ),
+    (
+        Net(lambda: _Attention(nn.Transformer(4, 2, 1, 1, 4, batch_first=True), 1, 2), (3, 4)),
+        ATTENTION,
+    ),
 ]
 
 

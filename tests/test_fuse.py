@@ -4,15 +4,15 @@ import time
 
 import pytest
 import torch
-from nets import NETS
-from oracles import jacobians
-from rule_cases import Fn
 from torch import nn
 
 import lipcert as lc
 from lipcert import tracing
 from lipcert.fuse import fuse
 from lipcert.graph import Affine, Concat, Graph, Input, Slope, Sum, topological
+from nets import NETS
+from oracles import jacobians
+from rule_cases import Fn
 
 
 def parts(net, shape, monkeypatch):

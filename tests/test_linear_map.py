@@ -8,132 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipcert.convolution import Conv, convolution
-from lipcert.linear_map import (
-    Add,
-    Composition,
-    Dense,
-    Generic,
-    Index,
-    LinearMap,
-    Matrix,
-    Scale,
-    Separable,
-    Stack,
-    identity,
-    zero,
+from lipcert.convolution import Conv
+from lipcert.linear_map import Dense, Matrix, Scale, Separable, Stack, identity
+from maps import (
+    COMPOUND,
+    CONVS,
+    MAPS,
+    SINGLE,
+    cases,
+    close,
+    geometries,
+    index,
+    live,
+    random_convolution,
 )
-
-
-def live(*shape):
-    """A weight as a network has it: a leaf that wants a gradient."""
-    return torch.randn(shape).requires_grad_()
-
-
-def conv(in_shape, out, kernel, stride=1, padding=0, dilation=1, groups=1, circular=False):
-    axes = len(in_shape) - 1
-
-    def each(value):
-        return value if isinstance(value, tuple) else (value,) * axes
-
-    sides = tuple(p if isinstance(p, tuple) else (p, p) for p in each(padding))
-    weight = live(out, in_shape[0] // groups, *each(kernel))
-    return convolution(weight, in_shape, each(stride), sides, each(dilation), groups, circular)
-
-
-def index(in_shape, source):
-    source = torch.as_tensor(source)
-    return Index(in_shape, tuple(source.shape), source)
-
-
-CONVS = {
-    "1d": lambda: conv((3, 7), 4, 3, padding=1),
-    "1d, leftover cells": lambda: conv((2, 8), 3, 2, stride=3, padding=1),
-    "2d": lambda: conv((2, 4, 5), 3, (3, 2)),
-    "2d, leftover row": lambda: conv((2, 6, 6), 3, 3, stride=2, padding=1),
-    "3d": lambda: conv((2, 3, 3, 2), 2, 2, padding=1),
-    "3d, strides": lambda: conv((1, 4, 3, 5), 3, (2, 1, 3), stride=(2, 1, 3), padding=(0, 1, 2)),
-    "asymmetric": lambda: conv((2, 3, 4), 2, 3, padding=((1, 0), (0, 2))),
-    "same, even": lambda: conv((2, 4, 4), 2, (2, 4), padding=((0, 1), (1, 2))),
-    "dilated": lambda: conv((2, 5, 5), 2, 3, stride=(1, 2), padding=2, dilation=2),
-    "grouped": lambda: conv((4, 3, 3), 6, 3, padding=1, groups=2),
-    "depthwise": lambda: conv((3, 4, 4), 6, 2, stride=2, groups=3),
-    "kernel beyond image": lambda: conv((2, 2, 3), 2, 5, padding=(2, 1)),
-    "stride beyond kernel": lambda: conv((2, 7), 2, 2, stride=4),
-    "padding beyond kernel": lambda: conv((2, 3), 2, 1, padding=2),
-    "1x1": lambda: conv((3, 2, 2), 4, 1),
-    "circular": lambda: conv((2, 4, 5), 3, 3, padding=1, circular=True),
-    "circular, stride 2": lambda: conv((2, 4, 6), 3, 3, stride=2, padding=1, circular=True),
-    "circular, stride 3": lambda: conv((2, 9), 2, 5, stride=3, padding=2, circular=True),
-    "circular, even": lambda: conv((1, 4, 4), 2, 2, padding=((0, 1), (1, 0)), circular=True),
-    "circular, dilated groups": lambda: conv(
-        (4, 6), 2, 3, padding=2, dilation=2, groups=2, circular=True
-    ),
-    "circular, 3d": lambda: conv((1, 2, 3, 3), 2, 3, padding=1, circular=True),
-    "circular, wraps": lambda: conv((2, 2), 2, 5, padding=2, circular=True),
-}
-
-SINGLE = {
-    "matrix": lambda: Matrix((2, 3), (2, 2), live(4, 6)),
-    "dense": lambda: Dense((5,), (3,), live(3, 5)),
-    "dense, leading axes": lambda: Dense((2, 3, 3), (2, 3, 4), live(4, 3)),
-    "scale": lambda: Scale((3, 2, 2), (3, 2, 2), live(3, 1, 1)),
-    "scale by a number": lambda: Scale((3, 2), (3, 2), live()),
-    "scale in space": lambda: Scale((2, 3), (2, 3), live(2, 3)),
-    "identity": lambda: identity((2, 3)),
-    "zero": lambda: zero(identity((2, 3))),
-    "reshape": lambda: index((2, 3), torch.arange(6).reshape(3, 2)),
-    "permutation": lambda: index((2, 3), torch.arange(6).reshape(2, 3).mT.flip(0)),
-    "copies and gaps": lambda: index((2, 2), [[0, -1, 3], [3, 3, 1]]),
-    "separable": lambda: Separable((2, 3, 4), (2, 5, 2), (None, live(5, 3), live(2, 4))),
-    "separable, untouched": lambda: Separable((2, 3), (2, 3), (None, None)),
-    "transposed dense": lambda: Dense((5,), (3,), live(3, 5)).T,
-    "transposed index": lambda: index((2, 2), [[0, -1, 3], [3, 3, 1]]).T,
-    "transposed separable": lambda: Separable((2, 3), (4, 2), (live(4, 2), live(2, 3))).T,
-    "transposed conv": lambda: conv((2, 6, 6), 3, 3, stride=2, padding=1).T,
-    "transposed sum": lambda: (Dense((4,), (3,), live(3, 4)) + Dense((4,), (3,), live(3, 4))).T,
-    "generic": lambda: Generic((2, 3), (2, 3), lambda x: 2 * x.cumsum(-1) - x),
-    **{f"conv {name}": build for name, build in CONVS.items()},
-}
-
-COMPOUND = {
-    "composition": lambda: Composition(
-        (2, 4, 4),
-        (5,),
-        (
-            conv((2, 4, 4), 3, 3, stride=2, padding=1),
-            index((3, 2, 2), torch.arange(12)),
-            Scale((12,), (12,), live(12)),
-            Dense((12,), (5,), live(5, 12)),
-        ),
-    ),
-    "sum": lambda: Add(
-        (2, 4),
-        (2, 4),
-        (conv((2, 4), 2, 3, padding=1), identity((2, 4)), Scale((2, 4), (2, 4), live(2, 1))),
-    ),
-    "stack": lambda: Stack(
-        (2, 3),
-        (16,),
-        (Dense((2, 3), (2, 3), live(3, 3)), index((2, 3), [0, 0, 5, -1]), identity((2, 3))),
-    ),
-    "block": lambda: (
-        Dense((3,), (4,), live(4, 3)).T
-        @ (Dense((3,), (4,), live(4, 3)) + Matrix((3,), (4,), live(4, 3)))
-    ),
-    "transposed composition": lambda: (
-        (Dense((4,), (2,), live(2, 4)) @ Scale((4,), (4,), live(4))).T
-    ),
-}
-MAPS = SINGLE | COMPOUND
-
-
-def cases(table):
-    return pytest.mark.parametrize("build", [pytest.param(b, id=name) for name, b in table.items()])
-
-
-def close(actual, expected, tolerance=1e-12):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def by_definition(c: Conv):
@@ -334,31 +222,6 @@ def test_infinite_ends_reach_only_what_reads_them():
 
 
 # ---------------------------------------------------------------- random convolutions
-
-
-@st.composite
-def geometries(draw):
-    """A weight shape and the other arguments of `convolution` with an output that exists."""
-    axes = draw(st.integers(1, 3))
-    groups = draw(st.sampled_from([1, 1, 2]))
-    widths = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
-    n, k, s, d, p = [], [], [], [], []
-    for _ in range(axes):
-        k.append(draw(st.integers(1, 4 if axes < 3 else 2)))
-        s.append(draw(st.integers(1, 3)))
-        d.append(draw(st.integers(1, 2)))
-        p.append((draw(st.integers(0, 3)), draw(st.integers(0, 3))))
-        smallest = max(1, d[-1] * (k[-1] - 1) + 1 - sum(p[-1]))
-        n.append(draw(st.integers(smallest, max(smallest, 6 if axes < 3 else 4))))
-    shape = (widths[0] * groups, *n)
-    weight = (widths[1] * groups, widths[0], *k)
-    return weight, (shape, tuple(s), tuple(p), tuple(d), groups)
-
-
-def random_convolution(geometry, seed) -> LinearMap:
-    torch.manual_seed(seed)
-    weight, rest = geometry
-    return convolution(torch.randn(weight).requires_grad_(), *rest)
 
 
 fuzz = settings(max_examples=60, deadline=None, derandomize=True, database=None)

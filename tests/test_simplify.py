@@ -15,39 +15,26 @@ from lipcert.linear_map import (
     Index,
     LinearMap,
     Scale,
-    Separable,
     Stack,
     Transpose,
     identity,
     zero,
 )
 from lipcert.simplify import simplify
-from test_linear_map import cases, close, conv, index, live
-
-
-def chain(*factors):
-    return Composition(factors[0].in_shape, factors[-1].out_shape, factors)
-
-
-def total(*terms):
-    return Add(terms[0].in_shape, terms[0].out_shape, terms)
-
-
-def stack(*parts):
-    return Stack(parts[0].in_shape, (sum(p.out_size for p in parts),), parts)
-
-
-def scale(shape, *diagonal):
-    return Scale(shape, shape, live(*diagonal))
-
-
-def number(shape):
-    """A scale of no axes, in double precision whatever the weights are."""
-    return Scale(shape, shape, torch.randn((), dtype=torch.float64).requires_grad_())
-
-
-def dense(m, n):
-    return Dense((n,), (m,), live(m, n))
+from maps import (
+    cases,
+    chain,
+    close,
+    conv,
+    dense,
+    index,
+    live,
+    number,
+    random_map,
+    scale,
+    stack,
+    total,
+)
 
 
 def same(channels=2, n=4, kernel=3, dilation=1, groups=1, circular=False):
@@ -297,54 +284,6 @@ def test_simplify_twice_is_simplify_once(build):
 
 
 # ---------------------------------------------------------------- at random
-
-
-def random_leaf(rng: random.Random, shape) -> LinearMap:
-    """A map from arrays of this shape that simplify has a rule for, or nearly has."""
-    size = identity(shape).in_size
-    choices = [
-        lambda: identity(shape),
-        lambda: number(shape),
-        lambda: scale(shape, *shape),
-        lambda: scale(shape, shape[0], *(1,) * (len(shape) - 1)),
-        lambda: index(shape, torch.randint(-1, size, (rng.randint(2, 6),))),
-        lambda: index(shape, torch.randperm(size).reshape(shape)),
-        lambda: index(shape, torch.arange(size)),
-        lambda: Dense(shape, (*shape[:-1], m := rng.randint(1, 4)), live(m, shape[-1])),
-        lambda: Dense(shape, shape, live(shape[-1], shape[-1])),
-    ]
-    if len(shape) > 1:
-        rest = (None,) * (len(shape) - 1)
-        groups = rng.choice([g for g in (1, 2, shape[0]) if shape[0] % g == 0])
-        out = groups * rng.randint(1, 2)
-        k, s, d, p = rng.randint(1, 3), rng.randint(1, 2), rng.randint(1, 2), rng.randint(2, 4)
-        choices += [
-            lambda: Separable(shape, (2, *shape[1:]), (live(2, shape[0]), *rest)),
-            lambda: conv(shape, out, k, s, p, d, groups),
-            lambda: conv(shape, shape[0], 3, 1, d, d, groups),
-            lambda: conv((2, *shape[1:]), shape[0], 3, 1, 1).T,
-        ]
-    return rng.choice(choices)()
-
-
-def random_map(rng: random.Random, shape, depth: int = 2) -> LinearMap:
-    """Products, sums and stacks, one in the other."""
-    if depth == 0:
-        return random_leaf(rng, shape)
-    kind = rng.choice(["chain", "chain", "chain", "total", "stack", "turned"])
-    if kind == "turned":
-        map = random_map(rng, shape, depth - 1)
-        return rng.choice([chain(map, map.T), map.T.T])
-    if kind == "stack":
-        return stack(*(random_map(rng, shape, depth - 1) for _ in range(2)))
-    if kind == "chain":
-        factors = [random_map(rng, shape, depth - 1)]
-        while len(factors) < 3:
-            factors.append(random_map(rng, factors[-1].out_shape, depth - 1))
-        return chain(*factors)
-    first = random_map(rng, shape, depth - 1)
-    tries = (random_map(rng, shape, depth - 1) for _ in range(8))
-    return total(first, *(m for m in tries if m.out_shape == first.out_shape))
 
 
 @settings(max_examples=120, deadline=None, derandomize=True, database=None)

@@ -7,8 +7,6 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import NETS, Net
-from rule_cases import Fn
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
@@ -17,6 +15,8 @@ from lipcert.graph import Affine, Concat, Input, Lipschitz, Slope, Sum, unwrap
 from lipcert.layers import MaxMin
 from lipcert.rules import registry
 from lipcert.rules.slopes import smooth
+from nets import NETS, Net
+from rule_cases import Fn
 
 EACH_NET = pytest.mark.parametrize("name", NETS)
 
@@ -390,7 +390,7 @@ def test_all_offenders_are_listed_with_their_places():
         def forward(self, x):
             for block in self.blocks:
                 x = block(x)
-            return torch.logsumexp(torch.exp(x), 1, keepdim=True)
+            return torch.special.expit(torch.exp(x))
 
     message = refusal(Net(), (4,))
     assert "4 ops without a usable rule" in message
@@ -398,8 +398,8 @@ def test_all_offenders_are_listed_with_their_places():
     assert lines[0].startswith("  - blocks.0 (torch.nn.modules.normalization.LayerNorm): it divid")
     assert lines[1].startswith("  - blocks.2 (torch.nn.modules.activation.Hardshrink): it jumps")
     assert lines[2].startswith(f"  - torch.exp at {__file__}:")
-    assert "return torch.logsumexp(torch.exp(x), 1, keepdim=True): its slope has no" in lines[2]
-    assert lines[3].startswith("  - torch.logsumexp at")
+    assert "return torch.special.expit(torch.exp(x)): its slope has no" in lines[2]
+    assert lines[3].startswith("  - torch.special.expit at")
     assert lines[3].endswith("write one with @lipcert.rule if you know its Lipschitz constant")
 
 
@@ -446,7 +446,7 @@ def _loop(s, x):
         (lambda s, x: x * float(x.sum()), "float(x.sum())"),
         (lambda s, x: x[:, : int(x.sum())], "int(x.sum())"),
         (lambda s, x: x if x.sum().item() > 0 else -x, "x.sum().item() > 0"),
-        (lambda s, x: list(range(x[0, 0].long()))[0] * x, "range("),
+        (lambda s, x: x.repeat(1, *range(x[0, 0].long())), "range("),
     ],
 )
 def test_control_flow_over_data_is_refused_with_its_line(forward, line):
@@ -532,31 +532,31 @@ def test_a_rule_of_ones_own(own_rules):
 
 
 def test_rules_of_functions_and_methods(own_rules):
-    assert "torch.logsumexp at" in refusal(Fn(lambda s, x: torch.logsumexp(x, 1)), (3,))
+    assert "torch.logcumsumexp at" in refusal(Fn(lambda s, x: torch.logcumsumexp(x, 1)), (3,))
 
-    def norm_of_gradient_is_one(x, dim):
+    def gradient_rows_are_weights(x, dim):
         assert dim == 1
         return Lipschitz(
-            lambda t: torch.logsumexp(t, 1),
-            (),
-            lambda: 1.0,
-            lambda low, high: (torch.logsumexp(low, 1), torch.logsumexp(high, 1)),
+            lambda t: torch.logcumsumexp(t, 1),
+            x.shape,
+            lambda: 3**0.5,
+            lambda low, high: (torch.logcumsumexp(low, 1), torch.logcumsumexp(high, 1)),
             lc.Kind.ESTIMATE,
         )
 
-    lc.rule(torch.logsumexp, "logsumexp")(norm_of_gradient_is_one)
-    for forward in (lambda s, x: torch.logsumexp(x, 1), lambda s, x: x.logsumexp(dim=1)):
+    lc.rule(torch.logcumsumexp, "logcumsumexp")(gradient_rows_are_weights)
+    for forward in (lambda s, x: torch.logcumsumexp(x, 1), lambda s, x: x.logcumsumexp(dim=1)):
         graph = lc.trace(Fn(forward), (3,))
         assert_same_function(graph, graph.model)
         assert lc.Product(graph).lipschitz().kind is lc.Kind.ESTIMATE
 
 
 def test_a_rule_with_the_wrong_shape_is_refused(own_rules):
-    lc.rule(torch.cumsum)(
-        lambda x, dim: Lipschitz(torch.cumsum, (4,), lambda: 2.0, lambda low, high: (low, high))
+    lc.rule(torch.cumprod)(
+        lambda x, dim: Lipschitz(torch.cumprod, (4,), lambda: 2.0, lambda low, high: (low, high))
     )
-    message = refusal(Fn(lambda s, x: torch.cumsum(x, 1)), (3,))
-    assert "its rule gives the shape (4,), but it returns (3,)" in message
+    message = refusal(Fn(lambda s, x: torch.cumprod(x, 1)), (3,))
+    assert "its rule gives the shape (4,), not (3,)" in message
 
 
 # ---------------------------------------------------------------- identity of the network

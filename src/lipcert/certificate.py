@@ -1,6 +1,7 @@
 """Certificates: the prediction of each sample with a radius inside which it cannot change."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lipcert.bounds import Bound, MarginConstants
 from lipcert.errors import LipcertError
-from lipcert.kinds import Kind
+from lipcert.kinds import Kind, weakest
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Certificate:
 
 
 def check_radius(eps: float) -> float:
-    """eps as a float.
+    """The radius as a float.
 
     Raises:
         LipcertError: eps is not a positive finite number.
@@ -95,11 +96,11 @@ def certify(
             changed since; NaN weights; wrong shape or precision of the inputs.
     """
     bound.graph.check(net)
-    _check_inputs(bound, x)
+    _check_inputs(bound, x, batch_size)
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
-        with torch.no_grad(), _ieee_float32(x.device.type):
+        with torch.no_grad(), _ieee_float32(_like(net, x).device.type):
             constants = None if bound.local else bound()
             if constants is not None:
                 _check_kind(constants.kind, allow_estimate)
@@ -107,14 +108,14 @@ def certify(
             for batch in x.split(batch_size):
                 here = bound(batch) if constants is None else constants
                 _check_kind(here.kind, allow_estimate)
-                logits = net(_as_weights(batch, net))
+                logits = net(batch.to(_like(net, batch)))
                 parts.append(from_logits(logits, here))
                 if on_batch is not None:
                     on_batch(sum(len(p) for p in parts))
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return _joined(parts)
+    return _joined(parts, bound.local)
 
 
 def from_logits(logits: Float[Tensor, "n classes"], constants: MarginConstants) -> Certificate:
@@ -133,7 +134,7 @@ def from_logits(logits: Float[Tensor, "n classes"], constants: MarginConstants) 
     known = logits.isfinite().all(1, keepdim=True)
     margins = margins.where(known, -math.inf)
     rows = constants.row(prediction).to("cpu", torch.float64).masked_fill(itself, 0)
-    ratio = torch.nextafter(margins / rows, down).where(rows > 0, math.inf)
+    ratio = torch.nextafter(margins / rows, down).clamp(min=0).where(rows > 0, math.inf)
     ratio = ratio.where((margins > 0) & rows.isfinite(), 0)
     valid = torch.as_tensor(constants.valid_radius, dtype=torch.float64).expand(len(logits)).cpu()
     radius = torch.minimum(ratio.amin(1), valid)
@@ -149,7 +150,9 @@ def _check_kind(kind: Kind, allow_estimate: bool) -> None:
         )
 
 
-def _check_inputs(bound: Bound, x: Tensor) -> None:
+def _check_inputs(bound: Bound, x: Tensor, batch_size: int) -> None:
+    if batch_size < 1:
+        raise LipcertError(f"batch_size={batch_size}: at least one sample at a time.")
     if tuple(x.shape[1:]) != bound.graph.input_shape:
         raise LipcertError(
             f"The inputs have shape {tuple(x.shape)}; the bound was traced for (n, "
@@ -166,9 +169,10 @@ def _check_inputs(bound: Bound, x: Tensor) -> None:
         )
 
 
-def _as_weights(batch: Tensor, net: nn.Module) -> Tensor:
-    like = next(net.parameters(), batch)
-    return batch.to(like.device, like.dtype)
+def _like(net: nn.Module, x: Tensor) -> Tensor:
+    """A tensor with the precision and device that the network computes in."""
+    weights = itertools.chain(net.parameters(), net.buffers())
+    return next((t for t in weights if t.is_floating_point()), x)
 
 
 @contextlib.contextmanager
@@ -186,17 +190,17 @@ def _ieee_float32(device: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
-def _joined(parts: list[Certificate]) -> Certificate:
+def _joined(parts: list[Certificate], local: bool) -> Certificate:
     def cat(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])
 
-    first = parts[0]
-    # One global bound was used throughout; local ones are used once each: a union bound.
-    local = len(parts) > 1 and bool(first.valid_radius.isfinite().any())
-    failure = min(1.0, sum(p.failure for p in parts)) if local else first.failure
+    kind = weakest(part.kind for part in parts)
+    # A global bound was computed once for all parts; local ones anew for each: a union bound.
+    failures = [part.failure for part in parts]
+    failure = min(1.0, sum(failures)) if local else failures[0]
     names = "margins", "constants", "valid_radius"
     return Certificate(
-        cat("prediction"), cat("radius"), first.kind, failure, *(cat(name) for name in names)
+        cat("prediction"), cat("radius"), kind, failure, *(cat(name) for name in names)
     )
 
 

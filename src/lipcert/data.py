@@ -104,8 +104,9 @@ def load(
 
     Args:
         source: "digits" (embedded), a local folder (parquet files in the hub's layout, or pictures
-            as split/CLASS/x.png), or a hub id such as "ylecun/mnist". A folder that happens to be
-            called digits is "./digits".
+            as split/CLASS/x.png), or a hub id such as "ylecun/mnist", with the name of a
+            configuration if there are several: "ufldl-stanford/svhn:cropped_digits". A folder that
+            happens to be called digits is "./digits".
         split: which part; `Split.EVALUATION` takes the first of test, valid, validation, val.
         image_column: the column of pictures; by default image, img or pixel_values.
         label_column: the column of labels; by default label, fine_label or labels.

@@ -102,7 +102,20 @@ def certify_run(
     )
     run.write_json("bound.json", dataclasses.asdict(table))
     run.write_json("summary.json", summary)
+    attack = _earlier_attack(run, data)
+    if attack.pop("inside", None):  # it spoke of the certificates that were there before
+        run.write_json("attack.json", attack)
     return summary
+
+
+def _earlier_attack(run: Run, data: Dataset) -> dict[str, Any]:
+    """What attack.json holds, if it is of these data."""
+    found = (
+        run.read_json("attack.json", f"lipcert attack {run.folder}")
+        if run.path("attack.json").exists()
+        else {}
+    )
+    return found if found.get("data") == data.source else {"data": data.source}
 
 
 def certificates_table(
@@ -158,7 +171,7 @@ def attack_run(
     """Attacks samples at the given radii, or inside their certified balls, where it must fail.
 
     Args:
-        run: Where attack.json goes; results of earlier calls in it are kept.
+        run: Where attack.json goes; what earlier calls found on the same data is kept.
         net: The trained network.
         data: The samples, in the order in which they were certified (a prefix is fine).
         radii: Radii as text; none for the certified balls.
@@ -172,7 +185,7 @@ def attack_run(
         The content of attack.json.
     """
     device = next(net.parameters()).device
-    results = run.read_json("attack.json", "") if run.path("attack.json").exists() else {}
+    results = _earlier_attack(run, data)
     x, labels = data.pixels(device=device), data.labels.to(device)
 
     box = (0.0, 1.0) if radii else None  # a certificate also speaks of points outside the box

@@ -158,7 +158,7 @@ class Graph:
         raise LipcertError(f"The graph has no node {name!r}. Its nodes are: {names}.")
 
     def values(self, x: Tensor) -> dict[Node, Tensor]:
-        """The value of every node for a batch `(b, *input_shape)`, computed from the normal form."""
+        """The value of every node for a batch `(b, *input_shape)`, from the normal form."""
         values: dict[Node, Tensor] = {}
         for n in self.nodes:
             values[n] = _value(n, [values[i] for i in n.inputs], x)
@@ -235,7 +235,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def signature(model: nn.Module) -> tuple:
-    """What must stay as it was when the network was traced: every module, its class and settings."""
+    """What must stay as it was at tracing: every module, its class and settings."""
     return tuple(
         (name, (id(m), parametrize.type_before_parametrizations(m), m.extra_repr()))
         for name, m in model.named_modules()

@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -195,11 +196,11 @@ class Index(LinearMap):
 
     source: Int[Tensor, "..."]
 
-    def __post_init__(self):
-        plain = self.in_size == self.out_size and bool(
-            (self.source.flatten() == torch.arange(self.in_size, device=self.source.device)).all()
-        )
-        object.__setattr__(self, "is_reshape", plain)
+    @cached_property
+    def is_reshape(self) -> bool:
+        """Whether the flattened array stays as it is."""
+        places = torch.arange(self.in_size, device=self.source.device)
+        return self.in_size == self.out_size and bool((self.source.flatten() == places).all())
 
     def apply(self, x: Tensor) -> Tensor:
         if self.is_reshape:

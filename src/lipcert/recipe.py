@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lipcert.bounds import Bound
 from lipcert.errors import LipcertError
@@ -17,6 +17,7 @@ from lipcert.radii import parse_radius
 from lipcert.schedules import Constant, Schedule
 
 Optimiser = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+Perturbation = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Recipe:
         optimiser: `optimiser(parameters, learning_rate)`.
         learning_rate: Peak learning rate.
         learning_rate_schedule: Factor on it.
+        penalties: Each makes a module for the network; what it returns when called without
+            arguments, a scalar, is added to the loss. Its buffers are saved in checkpoints.
+        perturb: `perturb(network, inputs, labels, radius)` gives the inputs to train on in place of
+            a batch; loss and training accuracy are then of these.
+        after_step: Called with the network after each step of the optimiser, without gradients.
         validation: Fraction of the training data held out for the progress curve.
         radii: Radii of interest, as text.
         seed: Of weights, split, order and singular vectors.
@@ -76,6 +82,9 @@ class Recipe:
     loss_options: Mapping[str, Any] = field(default_factory=dict)
     eps_schedule: Schedule = Constant(1.0)
     learning_rate_schedule: Schedule = Constant(1.0)
+    penalties: tuple[Callable[[nn.Module], nn.Module], ...] = ()
+    perturb: Perturbation | None = None
+    after_step: Callable[[nn.Module], None] | None = None
     validation: float = 0.1
     seed: int = 0
     published: tuple[Published, ...] = ()

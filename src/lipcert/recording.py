@@ -168,12 +168,12 @@ class _Proxy(fx.Proxy):
         return len(self.value)
 
     def __iter__(self):
-        return (self[i] for i in range(len(self.value)))
+        return (self[i] for i in range(len(self.value)))  # type: ignore[index]
 
     def __float__(self) -> float:
         raise fx.proxy.TraceError("a number read from the data")
 
-    __int__ = __index__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __float__
 
     def _record(self, function: Callable, *args: Any):
         return self.tracer.create_proxy("call_function", function, (self, *args), {})

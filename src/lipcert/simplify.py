@@ -184,7 +184,8 @@ def _add_identity(conv: Conv, channels: Tensor) -> Conv | None:
     count, width = conv.weight.shape[:2]
     middle = torch.zeros_like(conv.weight)
     rows = torch.arange(count, device=middle.device)
-    middle[(rows, rows % width, *(int(t) for t in taps))] = 1
+    centre: tuple[Tensor | int, ...] = (rows, rows % width, *(int(t) for t in taps))
+    middle[centre] = 1
     column = channels.to(middle).reshape(-1, 1, *(1,) * conv.axes)
     return _reweighted(conv, conv.weight + middle * column)
 

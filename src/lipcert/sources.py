@@ -28,6 +28,7 @@ LAYOUT = (
 )
 """What a data folder holds, for error messages."""
 
+_HUB_ID = r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?"  # owner/name, or owner/name:configuration
 _DIGITS_FOLDER = Path(__file__).parent / "digits"
 _DECODING = 1  # part of the cache key: raise it whenever _decode gives other pixels than before
 
@@ -36,7 +37,8 @@ def read_splits(source: str | Path) -> "dict[str, datasets.Dataset]":
     """Opens every split of a source through the `datasets` library.
 
     Args:
-        source: `DIGITS`, a local folder, or a hub id; see `lipcert.data.load`.
+        source: `DIGITS`, a local folder, or a hub id, which `:NAME` may follow to choose one of
+            several configurations; see `lipcert.data.load`.
 
     Returns:
         The splits by the names that the source gives them, their pictures not yet decoded.
@@ -48,15 +50,16 @@ def read_splits(source: str | Path) -> "dict[str, datasets.Dataset]":
 
     folder = _DIGITS_FOLDER if source == DIGITS else Path(source).expanduser()
     local = folder.is_dir()
-    hub_id = isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source)
-    if source == "" or (not local and (folder.exists() or not hub_id)):
+    hub = re.fullmatch(_HUB_ID, source) if isinstance(source, str) else None
+    if source == "" or (not local and (folder.exists() or hub is None)):
         raise LipcertError(
             f"data: {'not a folder' if folder.exists() else 'no folder'} {str(source)!r}; give "
             f"--data a folder that holds {LAYOUT}; or a hub id such as ylecun/mnist; or digits"
         )
     try:
         with _quietly():
-            builder = datasets.load_dataset_builder(str(folder.resolve() if local else source))
+            place = hub.groups() if hub and not local else (str(folder.resolve()),)
+            builder = datasets.load_dataset_builder(*place)
             if local:
                 _refuse_several_folders(folder, builder.config.data_files)
             builder.download_and_prepare()

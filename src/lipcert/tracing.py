@@ -95,7 +95,7 @@ class _Lowering:
             given = type(result).__name__.removeprefix("immutable_")  # names of torch.fx
             raise LipcertError(
                 "The network must return one tensor that depends on its input, not "
-                f"{'a constant' if constant else given}; wrap it in a module that returns the logits."
+                f"{'a constant' if constant else given}; wrap it in a module that returns logits."
             )
         return result
 
@@ -118,9 +118,10 @@ class _Lowering:
             return self._offend(n, str(error))
         except (TypeError, AttributeError, LookupError, RuntimeError, ValueError) as error:
             return self._offend(n, f"called in a way its rule does not know ({error})")
-        found, true = _shapes(result), _shapes(n.meta["value"])
-        if found != true:
-            return self._offend(n, f"its rule gives the shape {found}, but it returns {true}")
+        for found, value in _pairs(result, n.meta["value"]):
+            if found.shape != tuple(value.shape[1:]):
+                wrong = f"its rule gives the shape {found.shape}, not {tuple(value.shape[1:])}"
+                return self._offend(n, wrong)
         return self._named(result, n)
 
     def _constant(self, n: fx.Node, args, kwargs) -> registry.Live:
@@ -195,13 +196,13 @@ def _storage(n: Any) -> int | None:
     return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else None
 
 
-def _shapes(value: Any) -> Any:
-    """The shape of a node or of a batch without its first axis; of each one in a sequence."""
-    if isinstance(value, Node):
-        return value.shape
-    if isinstance(value, Tensor):
-        return tuple(value.shape[1:])
-    return tuple(_shapes(v) for v in value)
+def _pairs(result: Any, value: Any) -> list[tuple[Node, Tensor]]:
+    """The nodes of a rule's result with the values of the op on the example."""
+    if isinstance(result, Node):
+        return [(result, value)]
+    if isinstance(result, tuple):
+        return [p for r, v in zip(result, value, strict=True) for p in _pairs(r, v)]
+    return []
 
 
 def _nodes_in(value: Any) -> list[Node]:

@@ -1,13 +1,14 @@
 """The training loop: flat, from top to bottom, resumable bit for bit on a CPU.
 
 Every epoch draws its order and everything random from (seed, epoch) alone, so a checkpoint holds
-no random states: weights, optimiser and the bound's singular vectors are all there is to restore.
+no random states: weights, optimiser and the singular vectors of bound and penalties are all there
+is to restore.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from lipcert.files import write_atomically
 from lipcert.run import Run, save_model
 from lipcert.tracing import trace
 
+Modules = Mapping[str, nn.Module]  # what a checkpoint holds besides the optimiser
 _SEED_STRIDE = 1_000_003  # seeds of different runs do not meet within a million epochs
 
 
@@ -72,8 +74,10 @@ def train(
     in_shape = tuple(data.images.shape[1:])
     net = recipe.model(in_shape=in_shape, classes=len(data.classes)).to(device)
     bound = recipe.bound(trace(net, in_shape))
+    penalties = nn.ModuleList(make(net) for make in recipe.penalties)
     optimiser = recipe.optimiser(net.parameters(), recipe.learning_rate)
-    started = _restore(run, net, bound, optimiser)
+    modules: Modules = {"net": net, "bound": bound, "penalties": penalties}
+    started = _restore(run, modules, optimiser)
 
     dtype = next(net.parameters()).dtype
     steps_an_epoch = math.ceil(len(data) / recipe.batch_size)
@@ -94,14 +98,21 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = rate
             x, y = data.pixels(index, device, dtype), labels[index]
+            if recipe.perturb is not None:
+                x = recipe.perturb(net, x, y, eps)
 
             logits = net(x)
             classes = recipe.loss.protects(logits, y)
             row = bound(x).row(classes)
             loss = recipe.loss(logits, y, row, eps, **recipe.loss_options)
+            for penalty in penalties:
+                loss = loss + penalty()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
+            if recipe.after_step is not None:
+                with torch.no_grad():
+                    recipe.after_step(net)
 
             right = (logits.detach().argmax(1) == y).sum()
             sums += torch.stack([loss.detach() * len(y), right])
@@ -118,7 +129,7 @@ def train(
         record = Epoch(
             epoch + 1, mean_loss, accuracy, eps, rate, clean, certified, round(seconds, 3)
         )
-        _checkpoint(run, net, bound, optimiser, record)
+        _checkpoint(run, modules, optimiser, record)
         on_epoch(record)
     save_model(run, net, in_shape, data.classes)
     return net.eval()
@@ -137,11 +148,14 @@ def _validate(
 
 
 def _checkpoint(
-    run: Run, net: nn.Module, bound: Bound, optimiser: torch.optim.Optimizer, record: Epoch
+    run: Run, modules: Modules, optimiser: torch.optim.Optimizer, record: Epoch
 ) -> None:
     """Everything that resuming needs in one file, so that it is there whole or not at all."""
-    tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
-    tensors |= {f"bound.{k}": v for k, v in bound.state_dict().items()}
+    tensors = {
+        f"{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
     state = optimiser.state_dict()
     plain: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
@@ -166,7 +180,7 @@ def _metrics(run: Run, upto: int) -> list[str]:
     return path.read_text().splitlines()[:upto] if path.exists() else []
 
 
-def _restore(run: Run, net: nn.Module, bound: Bound, optimiser: torch.optim.Optimizer) -> int:
+def _restore(run: Run, modules: Modules, optimiser: torch.optim.Optimizer) -> int:
     """Loads the checkpoint, if there is one; gives the number of epochs done."""
     path = run.path("checkpoint.safetensors")
     if not path.exists():
@@ -187,8 +201,8 @@ def _restore(run: Run, net: nn.Module, bound: Bound, optimiser: torch.optim.Opti
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     try:
-        net.load_state_dict(part("net."))
-        bound.load_state_dict(part("bound."))
+        for name, module in modules.items():
+            module.load_state_dict(part(f"{name}."))
         optimiser.load_state_dict({"state": state, "param_groups": saved["groups"]})
     except (RuntimeError, ValueError) as error:
         raise LipcertError(f"{path} is of another run: {str(error).splitlines()[0]}") from None

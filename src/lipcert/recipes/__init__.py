@@ -4,11 +4,20 @@ from collections.abc import Callable
 
 from lipcert.errors import LipcertError
 from lipcert.recipe import Recipe
+from lipcert.recipes import baselines
 from lipcert.recipes.digits import gloro_digits, lmt_digits
 from lipcert.recipes.mnist import gloro_mnist, lmt_mnist
+from lipcert.recipes.svhn import lmt_svhn, lmt_svhn_average
 
 _RECIPES: dict[str, Callable[[], Recipe]] = {
-    make().name: make for make in (lmt_digits, gloro_digits, lmt_mnist, gloro_mnist)
+    make().name: make
+    for make in (
+        *(lmt_digits, gloro_digits),
+        *(lmt_mnist, gloro_mnist),
+        *(baselines.plain, baselines.weight_decay, baselines.parseval),
+        *(baselines.spectral_norm_regularisation, baselines.adversarial),
+        *(lmt_svhn, lmt_svhn_average),
+    )
 }
 
 

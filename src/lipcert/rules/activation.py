@@ -26,12 +26,12 @@ def _relu(fn: Callable[[Tensor], Tensor]) -> Slope:
 
 
 @rule(nn.ReLU)
-def relu_module(module: nn.ReLU, x: Node) -> Slope:
+def _relu_module(module: nn.ReLU, x: Node) -> Slope:
     return _relu(F.relu)
 
 
 @rule(F.relu, torch.relu, torch.relu_, "relu", "relu_")
-def relu_function(x: Node, inplace: bool = False) -> Slope:
+def _relu_function(x: Node, inplace: bool = False) -> Slope:
     return _relu(F.relu)
 
 
@@ -42,13 +42,11 @@ def _clamp(low: float | None, high: float | None) -> Slope:
     if math.inf in (-bottom, top):
         one_end, slopes = (top, (1.0, 0.0)) if bottom == -math.inf else (bottom, (0.0, 1.0))
         return piecewise_linear(lambda t: t.clamp(low, high), lambda: ((one_end,), slopes))
-    return piecewise_linear(
-        lambda t: t.clamp(low, high), lambda: ((bottom, top), (0.0, 1.0, 0.0))
-    )
+    return piecewise_linear(lambda t: t.clamp(low, high), lambda: ((bottom, top), (0.0, 1.0, 0.0)))
 
 
 @rule(torch.clamp, torch.clip, "clamp", "clip", "clamp_", "clip_")
-def clamp(x: Node, min: float | None = None, max: float | None = None) -> Slope:
+def _clamp_function(x: Node, min: float | None = None, max: float | None = None) -> Slope:
     if any(isinstance(end, Node) for end in (min, max)):
         raise LipcertError("clamp between functions of the input; use maximum and minimum")
     if not all(end is None or isinstance(end, int | float) for end in (min, max)):
@@ -57,65 +55,63 @@ def clamp(x: Node, min: float | None = None, max: float | None = None) -> Slope:
 
 
 @rule(torch.clamp_min, "clamp_min", "clamp_min_")
-def clamp_min(x: Node, min: float) -> Slope:
+def _clamp_min(x: Node, min: float) -> Slope:
     return _clamp(min, None)
 
 
 @rule(torch.clamp_max, "clamp_max", "clamp_max_")
-def clamp_max(x: Node, max: float) -> Slope:
+def _clamp_max(x: Node, max: float) -> Slope:
     return _clamp(None, max)
 
 
 @rule(nn.Hardtanh, nn.ReLU6)
-def hardtanh_module(module: nn.Hardtanh, x: Node) -> Slope:
+def _hardtanh_module(module: nn.Hardtanh, x: Node) -> Slope:
     return _clamp(module.min_val, module.max_val)
 
 
 @rule(F.hardtanh, F.hardtanh_)
-def hardtanh_function(x: Node, min_val=-1.0, max_val=1.0, inplace: bool = False) -> Slope:
+def _hardtanh_function(x: Node, min_val=-1.0, max_val=1.0, inplace: bool = False) -> Slope:
     return _clamp(min_val, max_val)
 
 
 @rule(F.relu6)
-def relu6_function(x: Node, inplace: bool = False) -> Slope:
+def _relu6_function(x: Node, inplace: bool = False) -> Slope:
     return _clamp(0.0, 6.0)
 
 
 @rule(torch.abs, "abs", "abs_")
-def absolute(x: Node) -> Slope:
+def _absolute(x: Node) -> Slope:
     return piecewise_linear(torch.abs, lambda: ((0.0,), (-1.0, 1.0)))
 
 
 def _leaky(negative: float) -> Slope:
-    return piecewise_linear(
-        lambda t: F.leaky_relu(t, negative), lambda: ((0.0,), (negative, 1.0))
-    )
+    return piecewise_linear(lambda t: F.leaky_relu(t, negative), lambda: ((0.0,), (negative, 1.0)))
 
 
 @rule(nn.LeakyReLU)
-def leaky_relu_module(module: nn.LeakyReLU, x: Node) -> Slope:
+def _leaky_relu_module(module: nn.LeakyReLU, x: Node) -> Slope:
     return _leaky(module.negative_slope)
 
 
 @rule(F.leaky_relu, F.leaky_relu_)
-def leaky_relu_function(x: Node, negative_slope: float = 0.01, inplace: bool = False) -> Slope:
+def _leaky_relu_function(x: Node, negative_slope: float = 0.01, inplace: bool = False) -> Slope:
     return _leaky(negative_slope)
 
 
 @rule(nn.RReLU)
-def randomised_relu_module(module: nn.RReLU, x: Node) -> Slope:
+def _randomised_relu_module(module: nn.RReLU, x: Node) -> Slope:
     return _leaky((module.lower + module.upper) / 2)
 
 
 @rule(nn.PReLU)
-def prelu_module(module: nn.PReLU, x: Node) -> Slope:
+def _prelu_module(module: nn.PReLU, x: Node) -> Slope:
     weight = attribute(module, "weight")
     assert weight is not None
     return _prelu(x, weight)
 
 
 @rule(F.prelu)
-def prelu_function(x: Node, weight) -> Slope:
+def _prelu_function(x: Node, weight) -> Slope:
     return _prelu(x, weight)
 
 
@@ -127,28 +123,28 @@ def _prelu(x: Node, weight: Callable[[], Tensor]) -> Slope:
 
 
 @rule(nn.Softshrink)
-def softshrink_module(module: nn.Softshrink, x: Node) -> Slope:
-    return softshrink_function(x, module.lambd)
+def _softshrink_module(module: nn.Softshrink, x: Node) -> Slope:
+    return _softshrink_function(x, module.lambd)
 
 
 @rule(F.softshrink)
-def softshrink_function(x: Node, lambd: float = 0.5) -> Slope:
+def _softshrink_function(x: Node, lambd: float = 0.5) -> Slope:
     ends = (-lambd, lambd)
     return piecewise_linear(lambda t: F.softshrink(t, lambd), lambda: (ends, (1.0, 0.0, 1.0)))
 
 
 @rule(nn.Hardsigmoid, F.hardsigmoid)
-def hardsigmoid(*args, inplace: bool = False) -> Slope:
+def _hardsigmoid(*args, inplace: bool = False) -> Slope:
     return piecewise_linear(F.hardsigmoid, lambda: ((-3.0, 3.0), (0.0, 1 / 6, 0.0)))
 
 
 @rule(nn.Tanh, torch.tanh, "tanh", "tanh_")
-def tanh(*args) -> Slope:
+def _tanh(*args) -> Slope:
     return smooth(torch.tanh, lambda t: 1 - t.tanh().square(), (0.0,), limits=(-1.0, 1.0))
 
 
 @rule(nn.Sigmoid, torch.sigmoid, "sigmoid", "sigmoid_")
-def sigmoid(*args) -> Slope:
+def _sigmoid(*args) -> Slope:
     def derivative(t: Tensor) -> Tensor:
         return t.sigmoid() * (-t).sigmoid()
 
@@ -156,12 +152,12 @@ def sigmoid(*args) -> Slope:
 
 
 @rule(nn.Softplus)
-def softplus_module(module: nn.Softplus, x: Node) -> Slope:
-    return softplus_function(x, module.beta, module.threshold)
+def _softplus_module(module: nn.Softplus, x: Node) -> Slope:
+    return _softplus_function(x, module.beta, module.threshold)
 
 
 @rule(F.softplus)
-def softplus_function(x: Node, beta: float = 1.0, threshold: float = 20.0) -> Slope:
+def _softplus_function(x: Node, beta: float = 1.0, threshold: float = 20.0) -> Slope:
     if beta <= 0 or threshold < 20:
         raise LipcertError(
             f"softplus with beta = {beta} and threshold = {threshold} jumps where it becomes x; "
@@ -177,14 +173,12 @@ def softplus_function(x: Node, beta: float = 1.0, threshold: float = 20.0) -> Sl
 
 
 @rule(nn.LogSigmoid, F.logsigmoid)
-def log_sigmoid(*args) -> Slope:
-    return smooth(
-        F.logsigmoid, lambda t: (-t).sigmoid(), tails=(1.0, 0.0), limits=(-math.inf, 0.0)
-    )
+def _log_sigmoid(*args) -> Slope:
+    return smooth(F.logsigmoid, lambda t: (-t).sigmoid(), tails=(1.0, 0.0), limits=(-math.inf, 0.0))
 
 
 @rule(nn.SiLU, F.silu)
-def silu(*args, inplace: bool = False) -> Slope:
+def _silu(*args, inplace: bool = False) -> Slope:
     def derivative(t: Tensor) -> Tensor:
         gate = t.sigmoid()
         return gate * (1 + t * (-t).sigmoid())
@@ -194,12 +188,12 @@ def silu(*args, inplace: bool = False) -> Slope:
 
 
 @rule(nn.GELU)
-def gelu_module(module: nn.GELU, x: Node) -> Slope:
-    return gelu_function(x, module.approximate)
+def _gelu_module(module: nn.GELU, x: Node) -> Slope:
+    return _gelu_function(x, module.approximate)
 
 
 @rule(F.gelu)
-def gelu_function(x: Node, approximate: str = "none") -> Slope:
+def _gelu_function(x: Node, approximate: str = "none") -> Slope:
     scale = math.sqrt(2 / math.pi)
 
     def exact(t: Tensor) -> Tensor:
@@ -220,7 +214,7 @@ def gelu_function(x: Node, approximate: str = "none") -> Slope:
 
 
 @rule(nn.Mish, F.mish)
-def mish(*args, inplace: bool = False) -> Slope:
+def _mish(*args, inplace: bool = False) -> Slope:
     def derivative(t: Tensor) -> Tensor:
         gate = F.softplus(t).tanh()
         return gate + t * (1 - gate.square()) * t.sigmoid()
@@ -229,18 +223,16 @@ def mish(*args, inplace: bool = False) -> Slope:
 
 
 @rule(nn.Hardswish, F.hardswish)
-def hardswish(*args, inplace: bool = False) -> Slope:
+def _hardswish(*args, inplace: bool = False) -> Slope:
     def derivative(t: Tensor) -> Tensor:
         middle = (2 * t + 3) / 6
         return torch.where(t < -3, 0, torch.where(t > 3, 1, middle))
 
-    return smooth(
-        F.hardswish, derivative, (-3.0, 3.0), (0.0, 1.0), (-1.5,), (0.0, math.inf)
-    )
+    return smooth(F.hardswish, derivative, (-3.0, 3.0), (0.0, 1.0), (-1.5,), (0.0, math.inf))
 
 
 def _elu(fn: Callable[[Tensor], Tensor], alpha: float, gain: float, width: float) -> Slope:
-    """gain x above zero, gain alpha (exp(x / width) - 1) below."""
+    """The function gain x above zero, gain alpha (exp(x / width) - 1) below."""
 
     def derivative(t: Tensor) -> Tensor:
         below = gain * alpha / width * (t.clamp(max=0) / width).exp()
@@ -251,66 +243,66 @@ def _elu(fn: Callable[[Tensor], Tensor], alpha: float, gain: float, width: float
 
 
 @rule(nn.ELU)
-def elu_module(module: nn.ELU, x: Node) -> Slope:
-    return elu_function(x, module.alpha)
+def _elu_module(module: nn.ELU, x: Node) -> Slope:
+    return _elu_function(x, module.alpha)
 
 
 @rule(F.elu, F.elu_)
-def elu_function(x: Node, alpha: float = 1.0, inplace: bool = False) -> Slope:
+def _elu_function(x: Node, alpha: float = 1.0, inplace: bool = False) -> Slope:
     return _elu(lambda t: F.elu(t, alpha), alpha, 1.0, 1.0)
 
 
 @rule(nn.SELU, F.selu)
-def selu(*args, inplace: bool = False) -> Slope:
+def _selu(*args, inplace: bool = False) -> Slope:
     return _elu(F.selu, 1.6732632423543772, 1.0507009873554805, 1.0)
 
 
 @rule(nn.CELU)
-def celu_module(module: nn.CELU, x: Node) -> Slope:
-    return celu_function(x, module.alpha)
+def _celu_module(module: nn.CELU, x: Node) -> Slope:
+    return _celu_function(x, module.alpha)
 
 
 @rule(F.celu)
-def celu_function(x: Node, alpha: float = 1.0, inplace: bool = False) -> Slope:
+def _celu_function(x: Node, alpha: float = 1.0, inplace: bool = False) -> Slope:
     if alpha <= 0:
         raise LipcertError(f"CELU with alpha = {alpha} grows exponentially; use alpha > 0")
     return _elu(lambda t: F.celu(t, alpha), alpha, 1.0, alpha)
 
 
 @rule(nn.Softsign, F.softsign)
-def softsign(*args) -> Slope:
+def _softsign(*args) -> Slope:
     return smooth(F.softsign, lambda t: (1 + t.abs()) ** -2, (0.0,), limits=(-1.0, 1.0))
 
 
 @rule(nn.Tanhshrink, F.tanhshrink)
-def tanhshrink(*args) -> Slope:
+def _tanhshrink(*args) -> Slope:
     return smooth(F.tanhshrink, lambda t: t.tanh().square(), (0.0,), (1.0, 1.0))
 
 
 @rule(torch.atan, "atan")
-def atan(x: Node) -> Slope:
+def _atan(x: Node) -> Slope:
     limits = (-math.pi / 2, math.pi / 2)
     return smooth(torch.atan, lambda t: 1 / (1 + t.square()), (0.0,), limits=limits)
 
 
 @rule(torch.erf, "erf")
-def erf(x: Node) -> Slope:
+def _erf(x: Node) -> Slope:
     peak = 2 / math.sqrt(math.pi)
     return smooth(torch.erf, lambda t: peak * (-t.square()).exp(), (0.0,), limits=(-1.0, 1.0))
 
 
 @rule(torch.asinh, "asinh")
-def asinh(x: Node) -> Slope:
+def _asinh(x: Node) -> Slope:
     return smooth(torch.asinh, lambda t: (1 + t.square()).rsqrt(), (0.0,))
 
 
 @rule(torch.sin, "sin")
-def sin(x: Node) -> Slope:
+def _sin(x: Node) -> Slope:
     return everywhere(torch.sin, (-1.0, 1.0), (-1.0, 1.0))
 
 
 @rule(torch.cos, "cos")
-def cos(x: Node) -> Slope:
+def _cos(x: Node) -> Slope:
     return everywhere(torch.cos, (-1.0, 1.0), (-1.0, 1.0))
 
 

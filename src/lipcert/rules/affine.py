@@ -26,19 +26,19 @@ def _dense(x: Node, weight: Live, bias: Live | None) -> Affine:
 
 
 @rule(nn.Linear)
-def linear_module(module: nn.Linear, x: Node) -> Affine:
+def _linear_module(module: nn.Linear, x: Node) -> Affine:
     weight = attribute(module, "weight")
     assert weight is not None
     return _dense(x, weight, attribute(module, "bias"))
 
 
 @rule(F.linear)
-def linear_function(x: Node, weight: Live, bias: Live | None = None) -> Affine:
+def _linear_function(x: Node, weight: Live, bias: Live | None = None) -> Affine:
     return _dense(x, weight, bias)
 
 
 @rule(operator.matmul, torch.matmul, "matmul")
-def matmul(x: Node | Live, other: Node | Live) -> Affine:
+def _matmul(x: Node | Live, other: Node | Live) -> Affine:
     if isinstance(x, Node) and isinstance(other, Live) and other().ndim == 2:
         return _dense(x, Live(lambda: other().mT), None)
     if isinstance(x, Node) and isinstance(other, Node):
@@ -82,7 +82,7 @@ def _convolve(
     )
     circular = mode == "circular" and circulant
     if mode != "zeros" and not circular:
-        x = pad(x, [side for pair in reversed(sides) for side in pair], mode)
+        x = _pad(x, [side for pair in reversed(sides) for side in pair], mode)
         sides = ((0, 0),) * axes
     shape = x.shape
 
@@ -94,7 +94,7 @@ def _convolve(
 
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def convolution_module(module: _ConvNd, x: Node) -> Affine | Node:
+def _convolution_module(module: _ConvNd, x: Node) -> Affine | Node:
     weight = attribute(module, "weight")
     assert weight is not None
     bias = attribute(module, "bias")
@@ -103,7 +103,7 @@ def convolution_module(module: _ConvNd, x: Node) -> Affine | Node:
 
 
 @rule(F.conv1d, F.conv2d, F.conv3d)
-def convolution_function(
+def _convolution_function(
     x: Node, weight: Live, bias: Live | None = None, stride=1, padding=0, dilation=1, groups=1
 ) -> Affine | Node:
     return _convolve(x, weight, bias, stride, padding, dilation, groups)
@@ -134,18 +134,16 @@ def _deconvolve(
 
 
 @rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def deconvolution_module(module: _ConvTransposeNd, x: Node) -> Affine:
+def _deconvolution_module(module: _ConvTransposeNd, x: Node) -> Affine:
     weight = attribute(module, "weight")
     assert weight is not None
     bias = attribute(module, "bias")
     m = module
-    return _deconvolve(
-        x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation
-    )
+    return _deconvolve(x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
 
 
 @rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-def deconvolution_function(
+def _deconvolution_function(
     x: Node,
     weight: Live,
     bias: Live | None = None,
@@ -183,13 +181,14 @@ def _batch_norm(
 
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-def batch_norm_module(module: _BatchNorm, x: Node) -> Affine:
-    names = "running_mean", "running_var", "weight", "bias"
-    return _batch_norm(x, *(attribute(module, n) for n in names), module.eps)
+def _batch_norm_module(module: _BatchNorm, x: Node) -> Affine:
+    mean, variance = attribute(module, "running_mean"), attribute(module, "running_var")
+    weight, bias = attribute(module, "weight"), attribute(module, "bias")
+    return _batch_norm(x, mean, variance, weight, bias, module.eps)
 
 
 @rule(F.batch_norm)
-def batch_norm_function(
+def _batch_norm_function(
     x: Node,
     running_mean: Live | None,
     running_var: Live | None,
@@ -205,7 +204,7 @@ def batch_norm_function(
 
 
 @rule(Normalize)
-def normalize(module: Normalize, x: Node) -> Affine:
+def _normalize(module: Normalize, x: Node) -> Affine:
     column = (-1, *(1,) * (len(x.shape) - 1))
 
     def map() -> LinearMap:
@@ -215,7 +214,7 @@ def normalize(module: Normalize, x: Node) -> Affine:
 
 
 @rule(F.pad)
-def pad(x: Node, pad, mode: str = "constant", value: float | None = None) -> Node:
+def _pad(x: Node, pad, mode: str = "constant", value: float | None = None) -> Node:
     mode = "constant" if mode == "zeros" else mode
     if mode == "constant" and value:
         zeros = Node(copying(lambda t: F.pad(t, list(pad)), x), (x,), ())

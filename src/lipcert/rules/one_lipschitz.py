@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
-from lipcert.graph import Affine, Box, Concat, Lipschitz, Node, node, topological
+from lipcert.graph import Box, Concat, Lipschitz, Node, node, topological
 from lipcert.layers import MaxMin
 from lipcert.linear_map import Index, Shape
 from lipcert.rules.affine import per_axis
-from lipcert.rules.registry import refuse, rule
+from lipcert.rules.registry import refuse, rule, rule_by_axes
+from lipcert.rules.structural import fixed
 
 
 def monotone(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Box]:
@@ -23,7 +24,7 @@ def monotone(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Box]:
 
 
 @rule(MaxMin)
-def max_min(module: MaxMin, x: Node) -> Lipschitz:
+def _max_min(module: MaxMin, x: Node) -> Lipschitz:
     # Each pair is sorted, and sorting never increases distances.
     return Lipschitz(module, x.shape, lambda: 1.0, monotone(module))
 
@@ -52,7 +53,11 @@ def _shared_maxima(x: Node, fn: Callable[[Tensor], Tensor], pools: list) -> Lips
     return Lipschitz(fn, shape, lambda: constant, monotone(fn))
 
 
-_MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_MAX_POOL: dict[int, Callable[..., Tensor]] = {
+    1: F.max_pool1d,
+    2: F.max_pool2d,
+    3: F.max_pool3d,
+}
 
 
 def _max_pool(
@@ -72,12 +77,11 @@ def _max_pool(
     def fn(t: Tensor) -> Tensor:
         return _MAX_POOL[axes](t, *geometry, ceil_mode)
 
-    pools = [partial(_max_pool_rows, *along, ceil_mode) for along in zip(*geometry, strict=True)]
+    pools = [
+        partial(F.max_pool1d, kernel_size=k, stride=s, padding=p, dilation=d, ceil_mode=ceil_mode)
+        for k, s, p, d in zip(*geometry, strict=True)
+    ]
     return _shared_maxima(x, fn, pools)
-
-
-def _max_pool_rows(k: int, s: int, p: int, d: int, ceil_mode: bool, rows: Tensor) -> Tensor:
-    return F.max_pool1d(rows, k, s, p, d, ceil_mode)
 
 
 def _max_pool_module(axes: int, module: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d, x: Node):
@@ -86,7 +90,11 @@ def _max_pool_module(axes: int, module: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool
     return _max_pool(axes, x, *geometry, m.ceil_mode, m.return_indices)
 
 
-_ADAPTIVE = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
+_ADAPTIVE: dict[int, Callable[..., Tensor]] = {
+    1: F.adaptive_max_pool1d,
+    2: F.adaptive_max_pool2d,
+    3: F.adaptive_max_pool3d,
+}
 
 
 def _adaptive_max_pool(axes: int, x: Node, output_size, return_indices: bool = False) -> Lipschitz:
@@ -100,20 +108,20 @@ def _adaptive_max_pool(axes: int, x: Node, output_size, return_indices: bool = F
     return _shared_maxima(x, lambda t: _ADAPTIVE[axes](t, sizes), pools)
 
 
-def _adaptive_max_pool_module(axes: int, module: nn.Module, x: Node) -> Lipschitz:
+def _adaptive_max_pool_module(
+    axes: int, module: nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d | nn.AdaptiveMaxPool3d, x: Node
+) -> Lipschitz:
     return _adaptive_max_pool(axes, x, module.output_size, module.return_indices)
 
 
-for _axes, _module in ((1, nn.MaxPool1d), (2, nn.MaxPool2d), (3, nn.MaxPool3d)):
-    rule(_MAX_POOL[_axes])(partial(_max_pool, _axes))
-    rule(_module)(partial(_max_pool_module, _axes))
-for _axes, _module in (
-    (1, nn.AdaptiveMaxPool1d),
-    (2, nn.AdaptiveMaxPool2d),
-    (3, nn.AdaptiveMaxPool3d),
-):
-    rule(_ADAPTIVE[_axes])(partial(_adaptive_max_pool, _axes))
-    rule(_module)(partial(_adaptive_max_pool_module, _axes))
+rule_by_axes((F.max_pool1d, F.max_pool2d, F.max_pool3d), _max_pool)
+rule_by_axes((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _max_pool_module)
+rule_by_axes(
+    (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d), _adaptive_max_pool
+)
+rule_by_axes(
+    (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), _adaptive_max_pool_module
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,7 @@ class Extreme:
     largest: bool
 
     def __call__(self, halves: Tensor) -> Tensor:
+        """The extremes of a batch of flat arrays."""
         first, second = halves.chunk(2, 1)
         pick = torch.maximum if self.largest else torch.minimum
         return pick(first, second).reshape(-1, *self.shape)
@@ -139,27 +148,27 @@ def _extreme(x: Node, other: Node, largest: bool) -> Node:
 
 
 @rule(torch.maximum, "maximum")
-def maximum(x: Node, other: Node) -> Node:
+def _maximum(x: Node, other: Node) -> Node:
     return _extreme(x, other, largest=True)
 
 
 @rule(torch.minimum, "minimum")
-def minimum(x: Node, other: Node) -> Node:
+def _minimum(x: Node, other: Node) -> Node:
     return _extreme(x, other, largest=False)
 
 
 @rule(torch.max, "max")
-def max_of_two(x: Node, other: Node | None = None, *rest, **named) -> Node:
+def _max_of_two(x: Node, other: Node | None = None, *rest, **named) -> Node:
     if not isinstance(other, Node):
-        raise LipcertError("max over an axis has no rule; max(x, y) and max-pooling have one")
-    return maximum(x, other)
+        raise LipcertError("max over an axis has no rule; use torch.amax")
+    return _maximum(x, other)
 
 
 @rule(torch.min, "min")
-def min_of_two(x: Node, other: Node | None = None, *rest, **named) -> Node:
+def _min_of_two(x: Node, other: Node | None = None, *rest, **named) -> Node:
     if not isinstance(other, Node):
-        raise LipcertError("min over an axis has no rule; min(x, y) has one")
-    return minimum(x, other)
+        raise LipcertError("min over an axis has no rule; use torch.amin")
+    return _minimum(x, other)
 
 
 def join_max_min(output: Node) -> Node:
@@ -185,8 +194,7 @@ def join_max_min(output: Node) -> Node:
             sorted_pair = node(op, n.inputs[0], name=n.name)
             for half, old in enumerate((n, partner)):
                 source = torch.arange(size).reshape(n.shape) + half * size
-                pick = Index((2 * size,), n.shape, source)
-                halves[old] = node(Affine(lambda pick=pick: pick), sorted_pair)
+                halves[old] = node(fixed(Index((2 * size,), n.shape, source)), sorted_pair)
     done: dict[Node, Node] = {}
     for old in topological(output):
         done[old] = halves.get(old, old)

@@ -1,6 +1,8 @@
 """The table of rules: one function per op, found by exact class, function or method name."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +48,17 @@ def rule(*keys: Key) -> Callable[[Rule], Rule]:
     return declare
 
 
+def rule_by_axes(keys: Sequence[Key], function: Callable[..., Any]) -> None:
+    """Declare the rule of ops that come in one, two and three dimensions.
+
+    Args:
+        keys: The op in 1, 2, 3 dimensions.
+        function: A rule that takes the number of dimensions first.
+    """
+    for axes, key in enumerate(keys, start=1):
+        rule(key)(partial(function, axes))
+
+
 def refuse(*keys: Key, because: str) -> None:
     """State why ops have no rule; the reason is printed with the op's place."""
     for key in keys:
@@ -77,6 +90,7 @@ def describe(key: Key) -> str:
     if not isinstance(key, type):  # torch binds its functions in classes of its own
         name = getattr(key, "__name__", name)
     path = f"{module}.{name}".replace("torch._C._nn.", "torch.nn.functional.")
+    path = re.sub(r"torch\._C\._(\w+)\.\1_", r"torch.\1.", path)
     return path.removeprefix("builtins.").removeprefix("_")
 
 
@@ -87,6 +101,7 @@ class Live:
         self.read = read
 
     def __call__(self) -> Tensor:
+        """The tensor as it is now."""
         return self.read()
 
 

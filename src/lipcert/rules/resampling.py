@@ -11,8 +11,8 @@ from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Node
 from lipcert.linear_map import Separable
 from lipcert.rules.affine import per_axis
-from lipcert.rules.registry import rule
-from lipcert.rules.structural import copying
+from lipcert.rules.registry import rule, rule_by_axes
+from lipcert.rules.structural import copying, fixed
 
 
 def separable(x: Node, functions: list[Callable[[Tensor], Tensor]]) -> Affine:
@@ -28,8 +28,7 @@ def separable(x: Node, functions: list[Callable[[Tensor], Tensor]]) -> Affine:
         identity = torch.eye(n, dtype=torch.float64)[:, None]
         matrices.append(function(identity)[:, 0].mT)
     ends = [n if m is None else len(m) for n, m in zip(x.shape, matrices, strict=True)]
-    fixed = Separable(x.shape, tuple(ends), tuple(matrices))
-    return Affine(lambda: fixed)
+    return fixed(Separable(x.shape, tuple(ends), tuple(matrices)))
 
 
 def _average_pool(
@@ -81,27 +80,22 @@ def _adaptive_average_pool_module(axes: int, module: nn.Module, x: Node) -> Affi
     return _adaptive_average_pool(axes, x, module.output_size)
 
 
-for _axes, _function, _module in (
-    (1, F.avg_pool1d, nn.AvgPool1d),
-    (2, F.avg_pool2d, nn.AvgPool2d),
-    (3, F.avg_pool3d, nn.AvgPool3d),
-):
-    rule(_function)(partial(_average_pool, _axes))
-    rule(_module)(partial(_average_pool_module, _axes))
-for _axes, _function, _module in (
-    (1, F.adaptive_avg_pool1d, nn.AdaptiveAvgPool1d),
-    (2, F.adaptive_avg_pool2d, nn.AdaptiveAvgPool2d),
-    (3, F.adaptive_avg_pool3d, nn.AdaptiveAvgPool3d),
-):
-    rule(_function)(partial(_adaptive_average_pool, _axes))
-    rule(_module)(partial(_adaptive_average_pool_module, _axes))
+rule_by_axes((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), _average_pool)
+rule_by_axes((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _average_pool_module)
+rule_by_axes(
+    (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), _adaptive_average_pool
+)
+rule_by_axes(
+    (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    _adaptive_average_pool_module,
+)
 
 
 _ALONG = {"bilinear": "linear", "trilinear": "linear"}
 
 
 @rule(F.interpolate)
-def interpolate(
+def _interpolate(
     x: Node,
     size=None,
     scale_factor=None,
@@ -125,9 +119,9 @@ def interpolate(
                 size2 = None if target is None else (1, target)
                 factor2 = None if factor is None else (1.0, factor)
                 image = rows[:, :, None]
-                return F.interpolate(
-                    image, size2, factor2, mode, antialias=antialias, **options
-                )[:, :, 0]
+                return F.interpolate(image, size2, factor2, mode, antialias=antialias, **options)[
+                    :, :, 0
+                ]
             return F.interpolate(rows, target, factor, _ALONG.get(mode, mode), **options)
 
         return resample
@@ -136,22 +130,22 @@ def interpolate(
 
 
 @rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
-def upsample_module(module: nn.Upsample, x: Node) -> Affine:
+def _upsample_module(module: nn.Upsample, x: Node) -> Affine:
     """Resizing as a layer."""
     m = module
-    return interpolate(
+    return _interpolate(
         x, m.size, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor
     )
 
 
 @rule(torch.mean, "mean")
-def mean(x: Node, dim=None, keepdim: bool = False) -> Affine | Node:
+def _mean(x: Node, dim=None, keepdim: bool = False) -> Affine | Node:
     """The mean over axes of the sample."""
     return _reduce(x, dim, keepdim, average=True)
 
 
 @rule(torch.sum, "sum")
-def total(x: Node, dim=None, keepdim: bool = False) -> Affine | Node:
+def _total(x: Node, dim=None, keepdim: bool = False) -> Affine | Node:
     """The sum over axes of the sample."""
     return _reduce(x, dim, keepdim, average=False)
 
@@ -171,8 +165,7 @@ def _reduce(x: Node, dim, keepdim: bool, average: bool) -> Affine | Node:
         if not inside:
             kept.append(n)
     full = tuple(1 if m is not None else n for n, m in zip(x.shape, matrices, strict=True))
-    fixed = Separable(x.shape, full, tuple(matrices))
-    reduced = Node(Affine(lambda: fixed), (x,), full)
+    reduced = Node(fixed(Separable(x.shape, full, tuple(matrices))), (x,), full)
     if keepdim:
         return reduced
     return Node(copying(lambda t: t.reshape(len(t), *kept), reduced), (reduced,), tuple(kept))

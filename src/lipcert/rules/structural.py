@@ -10,11 +10,16 @@ from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Concat, Node, Sum, node
-from lipcert.linear_map import Index, Scale, Shape, identity
-from lipcert.rules.registry import Live, live, refuse, rule
+from lipcert.linear_map import Index, LinearMap, Scale, Shape, identity
+from lipcert.rules.registry import Key, Live, live, refuse, rule
 
 # Rules see batches of this size; two samples show whether an op keeps them apart.
 BATCH = 2
+
+
+def fixed(map: LinearMap) -> Affine:
+    """An op whose map has no weights."""
+    return Affine(lambda: map)
 
 
 def copying(fn: Callable[[Tensor], Tensor], x: Node) -> Affine:
@@ -31,34 +36,33 @@ def copying(fn: Callable[[Tensor], Tensor], x: Node) -> Affine:
     first = moved[0]
     if len(moved) != BATCH or not torch.equal(moved[1], first + size * (first > 0)):
         raise LipcertError("it mixes the samples of the batch; keep the first axis as it is")
-    index = Index(x.shape, tuple(first.shape), first - 1)
-    return Affine(lambda: index)
+    return fixed(Index(x.shape, tuple(first.shape), first - 1))
 
 
 @rule(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-def unchanged_module(module: nn.Module, x: Node) -> Node:
+def _unchanged_module(module: nn.Module, x: Node) -> Node:
     return x
 
 
 @rule(F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout)
-def unchanged_by_dropout(x: Node, p: float = 0.5, training: bool = True, *rest, **named) -> Node:
+def _unchanged_by_dropout(x: Node, p: float = 0.5, training: bool = True, *rest, **named) -> Node:
     if training:
         raise LipcertError("it is random whatever the mode of the module; pass self.training")
     return x
 
 
 @rule(torch.clone, "clone", "contiguous", "detach", "requires_grad_")
-def unchanged(x: Node, *args, **named) -> Node:
+def _unchanged(x: Node, *args, **named) -> Node:
     return x
 
 
-def _copy_rule(*keys, fn: Callable) -> None:
+def _copy_rule(*keys: Key, fn: Callable) -> None:
     @rule(*keys)
     def copy(x: Node, *args, **named) -> Affine:
         return copying(lambda t: fn(t, *args, **named), x)
 
 
-for _keys, _fn in (
+_COPYING: tuple[tuple[tuple[Key, ...], Callable], ...] = (
     ((torch.flatten, "flatten"), torch.flatten),
     ((torch.reshape, "reshape", "view"), lambda t, *s: t.reshape(*s)),
     ((torch.permute, "permute"), lambda t, *d: t.permute(*d)),
@@ -79,12 +83,13 @@ for _keys, _fn in (
     ((F.pixel_unshuffle,), F.pixel_unshuffle),
     ((F.unfold,), F.unfold),
     ((torch.channel_shuffle,), torch.channel_shuffle),
-):
+)
+for _keys, _fn in _COPYING:
     _copy_rule(*_keys, fn=_fn)
 
 
 @rule(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold)
-def copying_module(module: nn.Module, x: Node) -> Affine:
+def _copying_module(module: nn.Module, x: Node) -> Affine:
     return copying(module, x)
 
 
@@ -92,39 +97,49 @@ def copying_module(module: nn.Module, x: Node) -> Affine:
     *(getattr(nn, f"{kind}Pad{n}d") for n in (1, 2, 3) for kind in ("Zero", "Reflection")),
     *(getattr(nn, f"{kind}Pad{n}d") for n in (1, 2, 3) for kind in ("Replication", "Circular")),
 )
-def padding_module(module: nn.Module, x: Node) -> Affine:
+def _padding_module(module: nn.Module, x: Node) -> Affine:
     return copying(module, x)
 
 
 @rule(builtins.getattr)
-def tensor_attribute(x: Node, name: str) -> Affine:
-    if name not in ("T", "mT"):
+def _tensor_attribute(x: Node | tuple, name: str) -> Node | Affine:
+    if isinstance(x, tuple) and name == "values":  # of a sort: values and indices
+        return x[0]
+    if isinstance(x, tuple) or name not in ("T", "mT"):
         raise LipcertError(f"the attribute .{name} has no rule")
     return copying(lambda t: getattr(t, name), x)
 
 
 @rule(operator.getitem)
-def item(x: Node | tuple, index) -> Node | tuple | Affine:
+def _item(x: Node | tuple, index) -> Node | tuple | Affine:
     if isinstance(x, Node):
         return copying(lambda t: t[index], x)
     return x[index]
 
 
 def _pieces(x: Node, fn: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Node, ...]:
-    count = len(fn(torch.zeros(BATCH, *x.shape)))
-    return tuple(node(copying(lambda t, i=i: fn(t)[i], x), x) for i in range(count))
+    def piece(i: int) -> Node:
+        return node(copying(lambda t: fn(t)[i], x), x)
+
+    return tuple(piece(i) for i in range(len(fn(torch.zeros(BATCH, *x.shape)))))
 
 
-for _keys, _fn in (
+_CUTTING: tuple[tuple[tuple[Key, ...], Callable], ...] = (
     ((torch.chunk, "chunk"), torch.chunk),
     ((torch.split, "split"), torch.split),
     ((torch.unbind, "unbind"), torch.unbind),
     ((torch.tensor_split, "tensor_split"), torch.tensor_split),
-):
+)
 
-    @rule(*_keys)
-    def pieces(x: Node, *args, _fn=_fn, **named) -> tuple[Node, ...]:
-        return _pieces(x, lambda t: _fn(t, *args, **named))
+
+def _cut_rule(*keys: Key, fn: Callable) -> None:
+    @rule(*keys)
+    def cut(x: Node, *args, **named) -> tuple[Node, ...]:
+        return _pieces(x, lambda t: fn(t, *args, **named))
+
+
+for _keys, _fn in _CUTTING:
+    _cut_rule(*_keys, fn=_fn)
 
 
 def _layout(parts: list[Tensor], join: Callable[[list[Tensor]], Tensor]) -> Index:
@@ -143,17 +158,16 @@ def _joined(parts: list[Node | Live], dim: int, join: Callable) -> Node:
     like = [torch.zeros(1, *p.shape) for p in nodes]
     if dim % join(like).ndim == 0:
         raise LipcertError("along the batch axis it mixes the samples")
-    index = _layout(like, join)
-    return node(Affine(lambda: index), node(Concat(), *nodes))
+    return node(fixed(_layout(like, join)), node(Concat(), *nodes))
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
-def cat(tensors, dim: int = 0) -> Node:
+def _cat(tensors, dim: int = 0) -> Node:
     return _joined(list(tensors), dim, lambda ts: torch.cat(ts, dim))
 
 
 @rule(torch.stack)
-def stack(tensors, dim: int = 0) -> Node:
+def _stack(tensors, dim: int = 0) -> Node:
     return _joined(list(tensors), dim, lambda ts: torch.stack(ts, dim))
 
 
@@ -202,7 +216,7 @@ def _times(x: Node, factor: float) -> Node:
 
 
 @rule(operator.add, operator.iadd, torch.add, "add", "add_")
-def add(x, y, *, alpha: float = 1) -> Node:
+def _add(x, y, *, alpha: float = 1) -> Node:
     if isinstance(x, Node) and isinstance(y, Node):
         shape = torch.broadcast_shapes(x.shape, y.shape)
         return node(Sum(), _broadcast(x, shape), _times(_broadcast(y, shape), alpha))
@@ -219,29 +233,29 @@ def _as_live(value) -> Live:
 
 
 @rule(operator.sub, operator.isub, torch.sub, "sub", "sub_")
-def subtract(x, y, *, alpha: float = 1) -> Node:
-    return add(x, y, alpha=-alpha)
+def _subtract(x, y, *, alpha: float = 1) -> Node:
+    return _add(x, y, alpha=-alpha)
 
 
 @rule(torch.rsub)
-def subtract_from(x, y, *, alpha: float = 1) -> Node:
-    return subtract(y, x, alpha=alpha)
+def _subtract_from(x, y, *, alpha: float = 1) -> Node:
+    return _subtract(y, x, alpha=alpha)
 
 
 @rule(operator.neg, torch.neg, "neg")
-def negative(x: Node) -> Node:
+def _negative(x: Node) -> Node:
     return _times(x, -1.0)
 
 
 @rule(operator.mul, operator.imul, torch.mul, "mul", "mul_")
-def multiply(x, y) -> Node:
+def _multiply(x, y) -> Node:
     if isinstance(x, Node) and isinstance(y, Node):
         raise LipcertError("a product of two functions of the input is not Lipschitz")
     return _scaled(x, _as_live(y)) if isinstance(x, Node) else _scaled(y, _as_live(x))
 
 
 @rule(operator.truediv, operator.itruediv, torch.div, "div", "div_")
-def divide(x, y) -> Node:
+def _divide(x, y) -> Node:
     if isinstance(y, Node):
         raise LipcertError("division by a function of the input is not Lipschitz")
     divisor = _as_live(y)

@@ -12,7 +12,7 @@ from lipcert.graph import Affine, Box, Lipschitz, Node, node
 from lipcert.linear_map import Separable
 from lipcert.rules.one_lipschitz import monotone
 from lipcert.rules.registry import rule
-from lipcert.rules.structural import BATCH
+from lipcert.rules.structural import BATCH, fixed
 
 
 def _axis(x: Node, dim: int) -> int:
@@ -54,7 +54,7 @@ def _between(fn: Callable[[Tensor], Tensor], low: float, high: float):
 
 
 @rule(F.softmax, torch.softmax, "softmax")
-def softmax(x: Node, dim: int | None = None, *rest, **named) -> Lipschitz:
+def _softmax(x: Node, dim: int | None = None, *rest, **named) -> Lipschitz:
     """J = diag(p) - p p^T has row sums 2 p_i (1 - p_i) <= 1/2 in size (arXiv 2510.23012)."""
     axis, n = _along(x, dim)
 
@@ -65,12 +65,12 @@ def softmax(x: Node, dim: int | None = None, *rest, **named) -> Lipschitz:
 
 
 @rule(nn.Softmax)
-def softmax_module(module: nn.Softmax, x: Node) -> Lipschitz:
-    return softmax(x, module.dim)
+def _softmax_module(module: nn.Softmax, x: Node) -> Lipschitz:
+    return _softmax(x, module.dim)
 
 
 @rule(F.log_softmax, torch.log_softmax, "log_softmax")
-def log_softmax(x: Node, dim: int | None = None, *rest, **named) -> Lipschitz:
+def _log_softmax(x: Node, dim: int | None = None, *rest, **named) -> Lipschitz:
     """J = I - 1 p^T is a projector of norm sqrt(n) |p|, and |p| <= 1 (never attained)."""
     axis, n = _along(x, dim)
 
@@ -81,8 +81,8 @@ def log_softmax(x: Node, dim: int | None = None, *rest, **named) -> Lipschitz:
 
 
 @rule(nn.LogSoftmax)
-def log_softmax_module(module: nn.LogSoftmax, x: Node) -> Lipschitz:
-    return log_softmax(x, module.dim)
+def _log_softmax_module(module: nn.LogSoftmax, x: Node) -> Lipschitz:
+    return _log_softmax(x, module.dim)
 
 
 def _reduction(x: Node, dim: int | Sequence[int], keepdim: bool, fn: Callable) -> Lipschitz:
@@ -92,17 +92,17 @@ def _reduction(x: Node, dim: int | Sequence[int], keepdim: bool, fn: Callable) -
 
 
 @rule(torch.logsumexp, "logsumexp")
-def logsumexp(x: Node, dim: int | Sequence[int], keepdim: bool = False) -> Lipschitz:
+def _logsumexp(x: Node, dim: int | Sequence[int], keepdim: bool = False) -> Lipschitz:
     return _reduction(x, dim, keepdim, torch.logsumexp)
 
 
 @rule(torch.amax, "amax")
-def amax(x: Node, dim: int | Sequence[int], keepdim: bool = False) -> Lipschitz:
+def _amax(x: Node, dim: int | Sequence[int], keepdim: bool = False) -> Lipschitz:
     return _reduction(x, dim, keepdim, torch.amax)
 
 
 @rule(torch.amin, "amin")
-def amin(x: Node, dim: int | Sequence[int], keepdim: bool = False) -> Lipschitz:
+def _amin(x: Node, dim: int | Sequence[int], keepdim: bool = False) -> Lipschitz:
     return _reduction(x, dim, keepdim, torch.amin)
 
 
@@ -115,31 +115,33 @@ def _order_statistics(x: Node, fn: Callable[[Tensor], tuple[Tensor, Tensor]]) ->
 
 
 @rule(torch.sort, "sort")
-def sort(x: Node, dim: int = -1, descending: bool = False, *, stable: bool = False) -> tuple:
+def _sort(x: Node, dim: int = -1, descending: bool = False, *, stable: bool = False) -> tuple:
     axis = _axis(x, dim)
     return _order_statistics(x, lambda t: torch.sort(t, axis, descending))
 
 
 @rule(torch.topk, "topk")
-def topk(x: Node, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple:
+def _topk(x: Node, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple:
+    if not sorted:
+        raise LipcertError("the order of its values is not defined; use sorted=True")
     axis = _axis(x, dim)
     return _order_statistics(x, lambda t: torch.topk(t, k, axis, largest))
 
 
 @rule(torch.kthvalue, "kthvalue")
-def kthvalue(x: Node, k: int, dim: int = -1, keepdim: bool = False) -> tuple:
+def _kthvalue(x: Node, k: int, dim: int = -1, keepdim: bool = False) -> tuple:
     axis = _axis(x, dim)
     return _order_statistics(x, lambda t: torch.kthvalue(t, k, axis, keepdim))
 
 
 @rule(torch.median, "median")
-def median(x: Node, dim: int | None = None, keepdim: bool = False) -> tuple:
+def _median(x: Node, dim: int | None = None, keepdim: bool = False) -> tuple:
     axis, _ = _along(x, dim)
     return _order_statistics(x, lambda t: torch.median(t, axis, keepdim))
 
 
 @rule(torch.linalg.vector_norm)
-def vector_norm(x: Node, ord: float = 2, dim=None, keepdim: bool = False) -> Lipschitz:
+def _vector_norm(x: Node, ord: float = 2, dim=None, keepdim: bool = False) -> Lipschitz:
     """| |x|_p - |y|_p | <= |x - y|_p <= n^max(0, 1/p - 1/2) |x - y|_2, for p >= 1."""
     if dim is None:
         raise LipcertError("without dim it mixes the samples of the batch; give dim=")
@@ -160,18 +162,27 @@ def vector_norm(x: Node, ord: float = 2, dim=None, keepdim: bool = False) -> Lip
 
 
 @rule(torch.norm, "norm")
-def norm(x: Node, p: float | str = 2, dim=None, keepdim: bool = False, *rest) -> Lipschitz:
-    return vector_norm(x, 2 if p == "fro" else float(p), dim, keepdim)
+def _norm(
+    x: Node,
+    p: float | str = 2,
+    dim=None,
+    keepdim: bool = False,
+    out: None = None,
+    dtype: None = None,
+) -> Lipschitz:
+    return _vector_norm(x, 2 if p == "fro" else float(p), dim, keepdim)
 
 
 @rule(torch.std, "std")
-def std(x: Node, dim=None, unbiased: bool = True, keepdim: bool = False, **named) -> Lipschitz:
+def _std(x: Node, dim=None, unbiased: bool = True, keepdim: bool = False, **named) -> Lipschitz:
     """The norm of the centred vector over sqrt(n) or sqrt(n - 1); centring is a projection."""
     if "correction" in named:
         raise LipcertError("std with correction= has no rule; use unbiased=")
     if not isinstance(dim, int):
         raise LipcertError("std has a rule over one axis: give dim=")
     axis, n = _along(x, dim)
+    if n <= unbiased:
+        raise LipcertError("the standard deviation of a single element is NaN")
 
     def fn(t: Tensor) -> Tensor:
         return t.std(axis, unbiased, keepdim)
@@ -181,20 +192,17 @@ def std(x: Node, dim=None, unbiased: bool = True, keepdim: bool = False, **named
 
 def _one_axis(x: Node, axis: int, matrix: Tensor) -> Affine:
     matrices = tuple(matrix if a == axis else None for a in range(1, len(x.shape) + 1))
-    ends = tuple(
-        n if m is None else len(m) for n, m in zip(x.shape, matrices, strict=True)
-    )
-    fixed = Separable(x.shape, ends, matrices)
-    return Affine(lambda: fixed)
+    ends = tuple(n if m is None else len(m) for n, m in zip(x.shape, matrices, strict=True))
+    return fixed(Separable(x.shape, ends, matrices))
 
 
 @rule(torch.cumsum, "cumsum")
-def cumsum(x: Node, dim: int) -> Affine:
+def _cumsum(x: Node, dim: int) -> Affine:
     axis, n = _along(x, dim)
     return _one_axis(x, axis, torch.ones(n, n, dtype=torch.float64).tril())
 
 
 @rule(torch.diff, "diff")
-def diff(x: Node, n: int = 1, dim: int = -1) -> Affine:
+def _diff(x: Node, n: int = 1, dim: int = -1) -> Affine:
     axis, size = _along(x, dim)
     return _one_axis(x, axis, torch.eye(size, dtype=torch.float64).diff(n, 0))

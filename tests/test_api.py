@@ -1,0 +1,48 @@
+"""The public names: all there, listed for type checkers too, and imported when first used."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import lipcert as lc
+
+
+@pytest.mark.parametrize("name", lc.__all__)
+def test_every_public_name_resolves(name):
+    value = getattr(lc, name)
+    assert getattr(lc, name) is value
+    assert name in dir(lc)
+    if name in lc._HOME:
+        assert getattr(importlib.import_module(lc._HOME[name]), name) is value
+
+
+def test_type_checkers_see_the_same_names():
+    block = next(n for n in ast.parse(Path(lc.__file__).read_text()).body if isinstance(n, ast.If))
+    listed = {alias.name for statement in block.body for alias in statement.names}
+    assert sorted([*listed, "__version__"]) == lc.__all__
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="'lipcert' has no attribute 'nothing'"):
+        lc.nothing  # noqa: B018
+
+
+def test_submodules_do_not_hide_public_names():
+    """Importing a submodule sets it as an attribute of the package."""
+    for module in pkgutil.walk_packages(lc.__path__, "lipcert."):
+        importlib.import_module(module.name)
+    for name, home in lc._HOME.items():
+        assert getattr(lc, name) is getattr(importlib.import_module(home), name)
+    assert len(lc.trace(nn.Linear(2, 2), (2,)).nodes) == 2
+
+
+def test_importing_the_package_imports_nothing_slow():
+    code = "import lipcert, sys; print(*({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == []

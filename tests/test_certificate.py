@@ -1,0 +1,492 @@
+"""Certificates: what they prove holds, what they cannot prove they do not claim."""
+
+import copy
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lipcert as lc
+from lipcert.bounds import Bound, MarginConstants
+from lipcert.certificate import Certificate, curve, from_logits, per_class
+from lipcert.layers import MaxMin, Normalize
+from nets import NETS
+
+INF = math.inf
+
+
+def constants(K, **more):
+    """Constants from a table `(classes, classes)`."""
+    K = torch.as_tensor(K, dtype=torch.float64)
+    return MarginConstants(lambda labels: K[labels], len(K), lc.Kind.UPPER, **more)
+
+
+def assert_same(certificate, other, **tolerance):
+    for name, value in vars(other).items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(getattr(certificate, name), value, **tolerance)
+        else:
+            assert getattr(certificate, name) == value
+
+
+def product(net, shape, norm=None):
+    return lc.Product(lc.trace(net, shape), norm)
+
+
+@pytest.fixture
+def mlp():
+    net = NETS["mlp"].build()
+    return net, product(net, (6,))
+
+
+# ---------------------------------------------------------------- the radius
+
+
+def test_two_classes_by_hand():
+    """f(x) = (3 x1 + 4 x2, 0): the boundary is 3 x1 + 4 x2 = 0, K = 5, the radius the distance."""
+    net = nn.Linear(2, 2, bias=False)
+    net.weight.data = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    x = torch.tensor([[1.0, 0.5], [-1.0, -0.5], [0.0, 0.0], [4.0, -3.0], [0.3, 0.4]])
+    certificate = lc.certify(net, x, bound=product(net, (2,)))
+    assert certificate.prediction.tolist() == [0, 1, 0, 0, 0]
+    assert certificate.radius.tolist() == pytest.approx([1, 1, 0, 0, 0.5])
+    assert certificate.margins[0].tolist() == pytest.approx([INF, 5])
+    assert certificate.constants[1].tolist() == pytest.approx([5, 0])
+    assert certificate.kind is lc.Kind.UPPER
+    assert certificate.failure == 0
+    assert certificate.valid_radius.tolist() == [INF] * 5
+    assert len(certificate) == 5
+    assert certificate.robust_at(0.4).tolist() == [True, True, False, False, True]
+    assert certificate.robust_at(0.6).tolist() == [True, True, False, False, False]
+
+
+def test_the_nearest_class_counts_not_the_second_best():
+    logits = torch.tensor([[5.0, 4.0, 1.0]])
+    K = [[0, 0.5, 8], [0.5, 0, 1], [8, 1, 0]]
+    certificate = from_logits(logits, constants(K))
+    assert float(certificate.radius) == pytest.approx(0.5)
+    assert certificate.margins.tolist() == [[INF, pytest.approx(1), pytest.approx(4)]]
+    assert certificate.constants.tolist() == [[0, 0.5, 8]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_radius_is_rounded_down(dtype):
+    scale = 10.0 ** torch.randint(-12, 12, (400, 1))
+    logits = (torch.randn(400, 4) * scale).to(dtype)
+    K = torch.rand(4, 4, dtype=torch.float64) * 10.0 ** torch.randint(-8, 8, (4, 4))
+    certificate = from_logits(logits, constants(K))
+    for i, p in enumerate(certificate.prediction.tolist()):
+        row = [Fraction(v) for v in logits[i].tolist()]
+        ratios = [(row[p] - row[j]) / Fraction(K[p, j].item()) for j in range(4) if j != p]
+        radius = Fraction(certificate.radius[i].item())
+        assert radius < min(ratios) * (1 - Fraction(0))
+        assert radius >= min(ratios) * (1 - Fraction(1, 2**49))
+
+
+def test_tiny_margins_keep_a_radius_of_zero():
+    """Where the quotient underflows, rounding down must not leave the range of radii."""
+    certificate = from_logits(torch.tensor([[1e-200, 0.0]]), constants(1e200 * torch.ones(2, 2)))
+    assert certificate.radius.tolist() == [0]
+    assert certificate.margins[0, 1] > 0
+
+
+def test_constants_of_zero_give_an_infinite_radius_where_the_margin_is_positive():
+    certificate = from_logits(torch.tensor([[2.0, 1.0], [1.0, 1.0]]), constants(torch.zeros(2, 2)))
+    assert certificate.radius.tolist() == [INF, 0]
+    assert certificate.robust_at(1e9).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [1.0, 1.0, 0.0],
+        [2.0, math.nan, 1.0],
+        [math.nan, math.nan, math.nan],
+        [INF, 0.0, 0.0],
+        [1.0, -INF, -INF],
+        [INF, INF, 0.0],
+        [-INF, -INF, -INF],
+    ],
+)
+@pytest.mark.parametrize("size", [0.0, 1e-300, 1.0])
+def test_ties_and_broken_logits_prove_nothing(logits, size):
+    certificate = from_logits(torch.tensor([logits]), constants(size * torch.ones(3, 3)))
+    assert certificate.radius.tolist() == [0]
+    for eps in (1e-300, 1e-6, 1.0):
+        assert certificate.robust_at(eps).tolist() == [False]
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF])
+def test_broken_constants_prove_nothing(bad):
+    K = torch.ones(3, 3)
+    K[0, 2] = bad
+    logits = torch.tensor([[3.0, 2.0, 1.0], [2.0, 3.0, 1.0]])
+    certificate = from_logits(logits, constants(K))
+    assert certificate.radius.tolist() == [0, pytest.approx(1)]
+    assert certificate.robust_at(1e-6).tolist() == [False, True]
+
+
+def test_the_diagonal_is_never_read():
+    K = torch.ones(3, 3).fill_diagonal_(math.nan)
+    certificate = from_logits(torch.tensor([[3.0, 2.0, 1.0]]), constants(K))
+    assert certificate.radius.tolist() == [pytest.approx(1)]
+    assert certificate.robust_at(0.5).all()
+
+
+def test_nothing_is_certified_beyond_the_radius_of_the_constants():
+    logits = torch.tensor([[3.0, 0.0], [3.0, 0.0], [1.0, 0.0]])
+    valid = torch.tensor([0.5, 10.0, 2.0])
+    certificate = from_logits(logits, constants(torch.ones(2, 2), valid_radius=valid))
+    assert certificate.radius.tolist() == pytest.approx([0.5, 3, 1])
+    assert certificate.robust_at(0.5).tolist() == [True, True, True]
+    assert certificate.robust_at(0.6).tolist() == [False, True, True]
+    assert certificate.robust_at(2.5).tolist() == [False, True, False]
+
+
+# ---------------------------------------------------------------- robust_at
+
+
+def test_robust_at_is_strict():
+    certificate = from_logits(torch.tensor([[1.0, 0.0]]), constants(torch.ones(2, 2)))
+    assert not certificate.robust_at(1).any()
+    assert not certificate.robust_at(1 - 1e-16).any()
+    assert certificate.robust_at(1 - 1e-15).all()
+
+
+def test_robust_at_agrees_with_the_radius():
+    certificate = from_logits(torch.randn(500, 6), constants(torch.rand(6, 6)))
+    assert (certificate.radius > 0).all()
+    for eps in certificate.radius.tolist():
+        sure = certificate.radius >= eps * (1 + 1e-14)
+        never = certificate.radius <= eps * (1 - 1e-14)
+        robust = certificate.robust_at(eps)
+        assert robust[sure].all()
+        assert not robust[never].any()
+
+
+def test_robust_at_is_true_in_exact_arithmetic():
+    logits, K = torch.randn(300, 3), torch.rand(3, 3)
+    certificate = from_logits(logits, constants(K))
+    for i, p in enumerate(certificate.prediction.tolist()):
+        row = [Fraction(v) for v in logits[i].tolist()]
+        for eps in np.nextafter(certificate.radius[i].item(), [0, 0, INF, INF]):
+            falls = [Fraction(K[p, j].item()) * Fraction(eps) for j in range(3) if j != p]
+            kept = [row[p] - row[j] for j in range(3) if j != p]
+            if certificate.robust_at(eps)[i]:
+                assert all(k > f for k, f in zip(kept, falls, strict=True))
+
+
+@pytest.mark.parametrize("eps", [0, -1.0, INF, math.nan, -INF])
+def test_radii_that_are_none_are_refused(eps):
+    certificate = from_logits(torch.tensor([[1.0, 0.0]]), constants(torch.ones(2, 2)))
+    with pytest.raises(lc.LipcertError, match="must be a positive finite number, e.g. 36/255"):
+        certificate.robust_at(eps)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_estimates_are_refused_or_labelled(mlp):
+    net, exact = mlp
+    bound = lc.Product(exact.graph, lc.PowerIteration(1))
+    x = torch.rand(4, 6)
+    with pytest.raises(lc.LipcertError, match=r"estimate.*Product\(graph, norm=Auto\(\)\)"):
+        lc.certify(net, x, bound=bound)
+    certificate = lc.certify(net, x, bound=bound, allow_estimate=True)
+    assert certificate.kind is lc.Kind.ESTIMATE
+    assert lc.certify(net, x, bound=exact, allow_estimate=True).kind is lc.Kind.UPPER
+
+
+def test_probabilistic_bounds_keep_their_label():
+    net = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 3))
+    bound = product(net, (30,), lc.Lanczos(1e-7, steps=10))
+    certificate = lc.certify(net, torch.rand(9, 30), bound=bound, batch_size=2)
+    assert certificate.kind is lc.Kind.PROBABILISTIC
+    assert certificate.failure == pytest.approx(1e-7)  # computed once
+
+
+def test_another_or_a_changed_network_is_refused(mlp):
+    net, bound = mlp
+    x = torch.rand(4, 6)
+    with pytest.raises(lc.LipcertError, match=r"another network.*lc.trace\(net, input_shape\)"):
+        lc.certify(copy.deepcopy(net), x, bound=bound)
+    net[1] = nn.Tanh()
+    with pytest.raises(lc.LipcertError, match=r"changed after it was traced, at: 1.*again"):
+        lc.certify(net, x, bound=bound)
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF])
+def test_broken_weights_are_refused(mlp, bad):
+    net, bound = mlp
+    net[2].weight.data[0, 0] = bad
+    with pytest.raises(lc.LipcertError, match=r"NaN or infinite weights in: 2\.weight.*reload"):
+        lc.certify(net, torch.rand(4, 6), bound=bound)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 6, 1), (4,), (6,)])
+def test_wrong_shapes_are_refused(mlp, shape):
+    net, bound = mlp
+    with pytest.raises(lc.LipcertError, match=r"The inputs have shape.*traced for \(n, 6\)"):
+        lc.certify(net, torch.rand(shape), bound=bound)
+
+
+def test_no_samples_and_no_batch_size_are_refused(mlp):
+    net, bound = mlp
+    with pytest.raises(lc.LipcertError, match="no samples to certify"):
+        lc.certify(net, torch.rand(0, 6), bound=bound)
+    with pytest.raises(lc.LipcertError, match="batch_size=0"):
+        lc.certify(net, torch.rand(1, 6), bound=bound, batch_size=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused(dtype):
+    net = NETS["mlp"].build().to(dtype)
+    with pytest.raises(lc.LipcertError, match=r"float32 or float64 \(net.float\(\)\)"):
+        lc.certify(net, torch.rand(4, 6, dtype=dtype), bound=product(net, (6,)))
+
+
+def test_one_logit_is_refused():
+    net = nn.Linear(3, 1)
+    with pytest.raises(lc.LipcertError, match="one logit a class"):
+        lc.certify(net, torch.rand(2, 3), bound=product(net, (3,)))
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_batches_equal_one_batch_and_are_reported(mlp):
+    net, bound = mlp
+    x = torch.randn(23, 6)
+    done = []
+    whole = lc.certify(net, x, bound=bound)
+    parts = lc.certify(net, x, bound=bound, batch_size=5, on_batch=done.append)
+    assert done == [5, 10, 15, 20, 23]
+    assert_same(parts, whole)
+    assert (parts.prediction == net(x).argmax(1)).all()
+
+
+def test_the_network_runs_in_eval_mode_and_gets_its_mode_back():
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    x = torch.randn(7, 6)
+    bound = product(net.train(), (6,))
+    net[2].eval()
+    modes = [m.training for m in net.modules()]
+    state = copy.deepcopy(net.state_dict())
+    certificate = lc.certify(net, x, bound=bound)
+    assert [m.training for m in net.modules()] == modes
+    torch.testing.assert_close(net.state_dict(), state, rtol=0, atol=0)
+    assert_same(certificate, lc.certify(net.eval(), x, bound=bound))
+    net.train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lc.certify(net, x, bound=bound, on_batch=lambda done: _raise("out of memory"))
+    assert net.training
+
+
+def _raise(message):
+    raise RuntimeError(message)
+
+
+def test_autocast_and_wrappers_change_nothing():
+    net = NETS["conv"].build().float()
+    x = torch.rand(5, *NETS["conv"].shape)
+    bound = product(net, NETS["conv"].shape)
+    plain = lc.certify(net, x, bound=bound)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = lc.certify(net, x, bound=bound)
+    assert_same(mixed, plain, rtol=0, atol=0)
+    wrapped = lc.certify(nn.DataParallel(net), x, bound=bound)
+    assert_same(wrapped, plain, rtol=0, atol=0)
+    assert plain.radius.dtype == plain.margins.dtype == torch.float64
+    assert not plain.radius.requires_grad
+
+
+def test_networks_without_parameters_have_a_precision_too():
+    net = nn.Sequential(Normalize([0.5], [2.0]), nn.Flatten()).float()
+    x = torch.rand(3, 1, 2)
+    certificate = lc.certify(net, x, bound=product(net, (1, 2)))
+    assert (certificate.radius > 0).all()
+
+
+def test_float32_networks_get_nearly_the_radii_of_float64():
+    net, x = NETS["resnet"].build(), torch.rand(20, *NETS["resnet"].shape)
+    double = lc.certify(net, x, bound=product(net, NETS["resnet"].shape))
+    single = lc.certify(net.float(), x, bound=product(net, NETS["resnet"].shape))
+    torch.testing.assert_close(single.radius, double.radius, rtol=1e-3, atol=1e-6)
+
+
+class Around(Bound):
+    """A stand-in for a local bound: the constants of a sample are its first entry."""
+
+    local = True
+
+    def forward(self, x=None):
+        assert x is not None
+        rows = x[:, :1].expand(-1, self.classes)
+        return MarginConstants(
+            lambda labels: rows,
+            self.classes,
+            lc.Kind.PROBABILISTIC,
+            failure=0.01,
+            batch=len(x),
+            valid_radius=x[:, 1],
+        )
+
+
+def test_local_bounds_get_their_batch(mlp):
+    net, bound = mlp
+    x = torch.rand(10, 6) + 0.1
+    certificate = lc.certify(net, x, bound=Around(bound.graph), batch_size=4)
+    torch.testing.assert_close(certificate.constants.amax(1), x[:, 0])
+    torch.testing.assert_close(certificate.valid_radius, x[:, 1])
+    assert certificate.failure == pytest.approx(0.03)  # three calls
+    x[:, 1] = INF
+    assert lc.certify(net, x, bound=Around(bound.graph), batch_size=4).failure > 0.025
+
+
+def test_a_local_estimate_is_refused(mlp):
+    class Guess(Around):
+        def forward(self, x=None):
+            made = super().forward(x)
+            return MarginConstants(made.row, 3, lc.Kind.ESTIMATE, batch=len(x))
+
+    net, bound = mlp
+    with pytest.raises(lc.LipcertError, match="proves nothing"):
+        lc.certify(net, torch.rand(3, 6), bound=Guess(bound.graph))
+
+
+def test_radii_are_in_the_units_of_the_input():
+    """Scaling inside the network is part of the bound: the radius is a distance in pixels."""
+    W, b = torch.randn(3, 4), torch.randn(3)
+    net = nn.Sequential(Normalize([0.5, 0.4], [0.25, 0.1]), nn.Flatten(), nn.Linear(4, 3))
+    net[2].weight.data, net[2].bias.data = W, b
+    x = torch.rand(50, 2, 2)
+    certificate = lc.certify(net, x, bound=product(net, (2, 2)))
+    pixels = W / torch.tensor([0.25, 0.25, 0.1, 0.1])
+    logits = net(x)
+    for i, p in enumerate(certificate.prediction.tolist()):
+        distances = [
+            ((logits[i, p] - logits[i, j]) / (pixels[p] - pixels[j]).norm()).item()
+            for j in range(3)
+            if j != p
+        ]
+        assert certificate.radius[i].item() == pytest.approx(min(distances))
+
+
+# ---------------------------------------------------------------- attacks
+
+
+def trained(layers, shape):
+    """A classifier of noisy prototypes in [0, 1], trained by LMT, with its samples and labels."""
+    prototypes = torch.rand(3, *shape).round()
+    labels = torch.arange(120) % 3
+    x = (prototypes[labels] + 0.3 * torch.randn(120, *shape)).clamp(0, 1)
+    net = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
+    net(x)
+    bound = product(net, shape, lc.PowerIteration(1))
+    optimiser = torch.optim.Adam(net.parameters(), 0.02)
+    for _ in range(80):
+        optimiser.zero_grad()
+        lc.losses.lmt(net.train()(x), labels, bound().row(labels), 0.2).backward()
+        optimiser.step()
+    return net, x, labels
+
+
+TOYS = {
+    "dense": (lambda: (nn.Linear(6, 16), MaxMin(), nn.Linear(16, 16), nn.ReLU()), (6,)),
+    "convolutional": (
+        lambda: (
+            *(Normalize([0.5], [0.5]), nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6)),
+            *(nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 3, padding=1), nn.LeakyReLU(0.2)),
+        ),
+        (1, 6, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_no_attack_inside_a_certified_ball_succeeds(name, dtype):
+    layers, shape = TOYS[name]
+    net, x, labels = trained(layers(), shape)
+    net, x = net.to(dtype), x.to(dtype)
+    certificate = lc.certify(net, x, bound=product(net, shape))
+    assert lc.clean_accuracy(certificate, labels) > 0.9
+    assert (certificate.radius > 0).all()
+    inside = lc.pgd(net, x, certificate.prediction, certificate.radius, 40, 3, clip=None)
+    assert not inside.found.any()
+    assert (inside.distance <= certificate.radius).all()
+    assert (inside.distance > 0.5 * certificate.radius).double().mean() > 0.9
+    further = lc.pgd(net, x, certificate.prediction, 20 * certificate.radius, 40, 1, clip=None)
+    assert further.found.double().mean() > 0.5
+
+
+# ---------------------------------------------------------------- tables
+
+
+@pytest.fixture
+def judged():
+    """A certificate of random logits with ties and wrong predictions, and labels."""
+    logits = torch.randn(101, 4)
+    logits[::9] = logits[::9].round()
+    labels = torch.where(torch.rand(101) < 0.7, logits.argmax(1), torch.randint(4, (101,)))
+    return from_logits(logits, constants(1 + torch.rand(4, 4))), labels
+
+
+def naive(certificate, labels):
+    """Radius of every sample, -1 where the prediction is wrong; NumPy arrays."""
+    right = certificate.prediction.numpy() == labels.numpy()
+    return right, np.where(right, certificate.radius.numpy(), -1)
+
+
+def test_accuracies_are_fractions_of_samples(judged):
+    right, radius = naive(*judged)
+    assert 0.5 < right.mean() < 1
+    assert lc.clean_accuracy(*judged) == right.mean()
+    for eps in (1e-9, 0.1, 0.37, 2.0):
+        assert lc.certified_accuracy(*judged, eps) == (radius > eps).mean()
+    assert lc.average_certified_radius(*judged) == pytest.approx(radius.clip(min=0).mean())
+
+
+def test_the_curve_is_certified_accuracy_over_radii(judged):
+    right, radius = naive(*judged)
+    radii = torch.cat([torch.linspace(0, 1.5, 50), judged[0].radius[:20]])
+    expected = [(radius >= r).mean() for r in radii.tolist()]
+    values = curve(*judged, radii)
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-12)
+    assert values[0] == right.mean()
+    for eps in (0.1, 0.5):
+        (value,) = curve(*judged, torch.tensor([eps]))
+        assert value.item() == pytest.approx(lc.certified_accuracy(*judged, eps))
+
+
+def test_the_table_of_classes(judged):
+    right, radius = naive(*judged)
+    labels = judged[1].numpy()
+    rows = per_class(*judged, [0.1, 0.5])
+    assert [row.label for row in rows] == [0, 1, 2, 3]
+    assert sum(row.samples for row in rows) == 101
+    for row in rows:
+        of = labels == row.label
+        assert row.samples == of.sum()
+        assert row.clean_accuracy == pytest.approx(right[of].mean())
+        for eps in (0.1, 0.5):
+            assert row.certified_accuracy[eps] == pytest.approx((radius[of] > eps).mean())
+        ordered = np.sort(radius[of].clip(min=0))
+        assert row.median_radius == ordered[(len(ordered) - 1) // 2]  # the lower of two
+
+
+def test_classes_without_samples_have_no_row():
+    certificate = from_logits(torch.eye(3), constants(torch.ones(3, 3)))
+    assert [row.label for row in per_class(certificate, torch.tensor([2, 2, 0]), [])] == [0, 2]
+
+
+def test_unbounded_radii_are_counted():
+    certificate = from_logits(torch.eye(2), constants(torch.zeros(2, 2)))
+    labels = torch.tensor([0, 1])
+    assert isinstance(certificate, Certificate)
+    assert lc.certified_accuracy(certificate, labels, 1e6) == 1
+    assert curve(certificate, labels, torch.tensor([0.0, 1e6])).tolist() == [1, 1]
+    assert lc.average_certified_radius(certificate, labels) == INF
