@@ -123,6 +123,12 @@ AFFINE = {
     "Conv2d not circulant": layer(
         lambda: nn.Conv2d(1, 2, 3, 2, 2, padding_mode="circular"), 1, 5, 5
     ),
+    "Conv2d circular with a remainder": layer(
+        lambda: nn.Conv2d(2, 1, 3, 2, 1, padding_mode="circular"), 2, 5, 4
+    ),
+    "Conv1d circular and longer": layer(
+        lambda: nn.Conv1d(1, 2, 3, padding=2, padding_mode="circular"), 1, 4
+    ),
     "Conv2d reflect": layer(
         lambda: nn.Conv2d(1, 2, 3, padding=(1, 2), padding_mode="reflect"), 1, 4, 5
     ),

@@ -94,9 +94,10 @@ def test_tiny_margins_keep_a_radius_of_zero():
 
 
 def test_constants_of_zero_give_an_infinite_radius_where_the_margin_is_positive():
-    certificate = from_logits(torch.tensor([[2.0, 1.0], [1.0, 1.0]]), constants(torch.zeros(2, 2)))
-    assert certificate.radius.tolist() == [INF, 0]
-    assert certificate.robust_at(1e9).tolist() == [True, False]
+    logits = torch.tensor([[2.0, 1.0], [1.0, 1.0], [5e-324, 0.0]])
+    certificate = from_logits(logits, constants(torch.zeros(2, 2)))
+    assert certificate.radius.tolist() == [INF, 0, 0]  # nothing is left of the least margin
+    assert certificate.robust_at(1e9).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,21 @@ def test_robust_at_is_strict():
     assert not certificate.robust_at(1).any()
     assert not certificate.robust_at(1 - 1e-16).any()
     assert certificate.robust_at(1 - 1e-15).all()
+
+
+def test_robust_at_asks_for_more_than_the_rounded_up_fall():
+    up = math.nextafter(0.3 * 0.1, INF)
+    for margin, robust in ((up, False), (math.nextafter(up, INF), True)):
+        certificate = Certificate(
+            prediction=torch.tensor([0]),
+            radius=torch.tensor([0.0]),
+            kind=lc.Kind.UPPER,
+            failure=0.0,
+            margins=torch.tensor([[INF, margin]]),
+            constants=torch.tensor([[0.0, 0.3]]),
+            valid_radius=torch.tensor([INF]),
+        )
+        assert certificate.robust_at(0.1).tolist() == [robust]
 
 
 def test_robust_at_agrees_with_the_radius():

@@ -1,5 +1,6 @@
 """The command line: the verbs, end to end on tiny data, and what bad input gets."""
 
+import itertools
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from lipcert import cli, commands, evaluate, recipes
+from lipcert import cli, commands, evaluate, recipes, smallest
 from lipcert import run as runs
 from lipcert.recipe import override
 
@@ -79,7 +80,10 @@ def test_the_chain_of_verbs(run_folder, capsys, tmp_path):
 
     table = pyarrow.parquet.read_table(out)
     assert table.num_rows == summary["samples"] == 360
-    right = [a == b for a, b in zip(table["label"].to_pylist(), table["prediction"].to_pylist())]
+    right = [
+        a == b
+        for a, b in zip(table["label"].to_pylist(), table["prediction"].to_pylist(), strict=True)
+    ]
     robust = table["robust@36/255"].to_pylist()
     both = sum(a and b for a, b in zip(right, robust, strict=True))
     assert both / 360 == summary["cra"]["36/255"]
@@ -113,6 +117,99 @@ def test_a_flip_inside_a_certified_ball_fails_the_command(run_folder, monkeypatc
     monkeypatch.setattr(evaluate, "read_certificates", lambda run: wide)
     assert call("attack", run_folder, "--samples", 20, "--steps", 20) == 1
     assert "must not" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_attacks_only(monkeypatch):
+    monkeypatch.setattr(smallest, "installed", lambda package: False)
+
+
+QUICK = ["--samples", 12, "--steps", 8, "--restarts", 1]
+
+
+def test_the_inequality(run_folder, own_attacks_only, capsys):
+    assert call("certify", run_folder) == 0
+    capsys.readouterr()
+    assert call("attack", run_folder, "--inequality", *QUICK, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    table = pyarrow.parquet.read_table(run_folder / "inequality.parquet")
+    names = ["certified", "sampled_global", "sampled_local", "smallest_perturbation"]
+    assert table.column_names == ["index", *names, "found_by"]
+    assert table.num_rows == said["samples"] == 12
+    radii = [table[name].to_pylist() for name in names]
+    certificates = evaluate.read_certificates(runs.open_run(run_folder)).slice(0, 12).to_pydict()
+    columns = (certificates[name] for name in ("label", "prediction", "radius"))
+    expected = [r if a == b else 0 for a, b, r in zip(*columns, strict=True)]
+    assert radii[0] == expected
+    for lower, upper in itertools.pairwise(radii[:3]):
+        assert all(a <= b for a, b in zip(lower, upper, strict=True))
+    assert said["refuted"] == 0
+    assert said["attacks"] == "pgd"
+    assert list(said["medians"]) == names
+    assert said["ratios"]["smallest_perturbation / certified"] > 1
+
+    assert call("attack", run_folder, "--inequality", *QUICK) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("no certificate") == 2
+    assert call("certify", run_folder) == 0
+    assert not (run_folder / "inequality.parquet").exists()  # it spoke of the earlier certificates
+
+
+def test_a_certificate_above_a_perturbation_fails_the_command(
+    run_folder, own_attacks_only, monkeypatch, capsys
+):
+    assert call("certify", run_folder) == 0
+    table = evaluate.read_certificates(runs.open_run(run_folder))
+    radius = [5.0, *table["radius"].to_pylist()[1:]]
+    place = table.schema.get_field_index("radius")
+    false = table.set_column(place, "radius", pyarrow.array(radius))
+    assert table["label"][0] == table["prediction"][0]
+    monkeypatch.setattr(evaluate, "read_certificates", lambda run: false)
+    assert call("attack", run_folder, "--inequality", *QUICK) == 1
+    message = capsys.readouterr().err
+    assert "1 certified radii" in message
+    assert "must not" in message
+    (run_folder / "inequality.parquet").unlink()
+
+
+def test_the_inequality_needs_the_certificates_of_these_samples(
+    run_folder, monkeypatch, capsys, tmp_path
+):
+    assert call("certify", run_folder) == 0
+    table = evaluate.read_certificates(runs.open_run(run_folder))
+    monkeypatch.setattr(evaluate, "read_certificates", lambda run: table.slice(1))
+    message = refused(capsys, "attack", run_folder, "--inequality", *QUICK)
+    assert "lipcert certify" in message
+    for words in (["--eps", "0.5"], ["--attack", "deepfool"]):
+        assert "leave out" in refused(capsys, "attack", run_folder, "--inequality", *words)
+
+
+def test_other_attacks_have_places_of_their_own(run_folder, capsys):
+    pytest.importorskip("foolbox")
+    pytest.importorskip("pyautoattack")
+    eps = ["--eps", "0.5", *QUICK]
+    assert call("attack", run_folder, *eps) == 0
+    before = json.loads((run_folder / "attack.json").read_text())
+    for name in ("deepfool", "cw", "autoattack"):
+        assert call("attack", run_folder, *eps, "--attack", name) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("pgd", "deepfool", "cw", "autoattack"))
+    after = json.loads((run_folder / "attack.json").read_text())
+    others = after.pop("others")
+    assert after == before
+    assert list(others) == ["deepfool", "cw", "autoattack"]
+    for name, found in others.items():
+        assert found["0.5"]["attack"] == name
+        assert 0 <= found["0.5"]["value"] <= 1
+    assert others["autoattack"]["0.5"]["value"] <= before["robust_accuracy"]["0.5"]["value"] + 0.1
+
+
+def test_attacks_that_cannot_be_run_are_refused(run_folder, capsys, monkeypatch):
+    assert "deepfool" in refused(capsys, "attack", run_folder, "--attack", "magic")
+    assert "--eps" in refused(capsys, "attack", run_folder, "--attack", "cw")
+    monkeypatch.setitem(sys.modules, "foolbox", None)
+    message = refused(capsys, "attack", run_folder, "--attack", "cw", "--eps", "0.5")
+    assert "pip install 'lipcert[attacks]'" in message
 
 
 def test_recipes_are_listed_and_shown(capsys):

@@ -388,13 +388,16 @@ def test_equal_classes_have_a_finite_gradient():
 def test_autocast_changes_nothing(norm):
     net = NETS["conv"].build().float()
     graph = lc.trace(net, NETS["conv"].shape)
-    bounds = [lc.Product(graph, norm) for _ in range(2)]
-    bounds[1].load_state_dict(bounds[0].state_dict())
-    plain = bounds[0]().dense()
+    bound, twin = (lc.Product(graph, norm) for _ in range(2))
+    double = lc.Product(lc.trace(NETS["conv"].build(), NETS["conv"].shape), norm)
+    for other in (twin, double):
+        other.load_state_dict(bound.state_dict())
+    plain = bound().dense()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = bounds[1]().dense()
-        assert bounds[1].lipschitz().value.dtype == torch.float64
+        mixed = twin().dense()
+        assert twin.lipschitz().value.dtype == torch.float64
     assert torch.equal(plain, mixed)
+    torch.testing.assert_close(plain, double().dense(), rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------- one-liners

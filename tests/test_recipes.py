@@ -1,22 +1,28 @@
 """Recipes: each builds and trains one step; settings are checked before any work."""
 
+import datasets
 import pytest
 import torch
 
 import lipcert as lc
 from lipcert import recipes
+from lipcert.data import Split, load
 from lipcert.errors import LipcertError
 from lipcert.radii import parse_radius
 from lipcert.recipe import SETTABLE, override, settings
 
-SHAPES = {"digits": (1, 8, 8), "ylecun/mnist": (1, 28, 28)}
+SHAPES = {  # smaller than SVHN's pictures, for speed
+    "digits": (1, 8, 8),
+    "ylecun/mnist": (1, 28, 28),
+    "ufldl-stanford/svhn:cropped_digits": (3, 8, 8),
+}
 
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_a_recipe_takes_a_step_that_lowers_its_loss(name):
     recipe = recipes.get(name)
     shape = SHAPES[recipe.data]
-    net = recipe.model(in_shape=shape, classes=10)
+    net = recipe.model(in_shape=shape, classes=10).eval()  # no dropout between the comparisons
     bound = recipe.bound(lc.trace(net, shape))
     optimiser = recipe.optimiser(net.parameters(), 1e-4)
     x, y = torch.rand(16, *shape), torch.arange(16) % 10
@@ -46,6 +52,47 @@ def test_a_recipe_says_where_its_numbers_come_from(name):
     for progress in (0.0, 0.3, 1.0):
         assert 0 <= recipe.eps_schedule(progress) <= 1
         assert 0 <= recipe.learning_rate_schedule(progress) <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "end"), [("lmt-svhn-wrn16_4", 1e-2), ("lmt-svhn-wrn16_4-avg", 1e-1)]
+)
+def test_the_svhn_schedules_in_epochs(name, end):
+    recipe = recipes.get(name)
+    assert (recipe.epochs, recipe.batch_size, recipe.loss_options) == (160, 128, {})
+
+    def at(schedule, epoch):
+        steps = 515  # an epoch
+        return schedule(epoch * steps / (160 * steps - 1))
+
+    radii = {0: 1e-5, 2.5: end / 2, 5: end, 159: end}
+    for epoch, radius in radii.items():
+        found = recipe.eps * at(recipe.eps_schedule, epoch)
+        assert found == pytest.approx(radius, rel=2e-3)
+    rates = {0: 1e-2, 79.9: 1e-2, 80: 1e-3, 119.9: 1e-3, 120: 1e-4, 159: 1e-4}
+    for epoch, rate in rates.items():
+        found = recipe.learning_rate * at(recipe.learning_rate_schedule, epoch)
+        assert found == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        (recipes.get("lmt-svhn-wrn16_4").data, ("ufldl-stanford/svhn", "cropped_digits")),
+        (recipes.get("lmt-mnist").data, ("ylecun/mnist", None)),
+    ],
+)
+def test_the_hub_is_asked_for_the_recipes_configuration(monkeypatch, source, asked):
+    seen = []
+
+    def builder(*arguments):
+        seen.append(arguments)
+        raise ConnectionError("no network in tests")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    with pytest.raises(LipcertError, match="hub"):
+        load(source, Split.TRAIN)
+    assert seen == [asked]
 
 
 def test_settings_survive_as_text():

@@ -12,14 +12,17 @@ from html.parser import HTMLParser
 import matplotlib
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from lipcert import recipes
+from lipcert.attacking import read_inequality
 from lipcert.bound_table import BoundTable, LayerRow
 from lipcert.data import Split, load
 from lipcert.errors import LipcertError
+from lipcert.inequality import RADII
 from lipcert.recipe import Published, override
 from lipcert.report import write_report
 from lipcert.report.markup import Html, number, percent, rounded_down, tag
@@ -218,7 +221,7 @@ def test_tables_say_what_the_files_say(tmp_path):
     assert list(by_radius) == list(summary["cra"])
     for text, value in summary["cra"].items():
         assert by_radius[text][1:3] == [percent(value), percent(value)]
-        assert by_radius[text][4] == "7 steps, 2 starts, seed 3"
+        assert by_radius[text][4] == "pgd: 7 steps, 2 starts, seed 3"
     for row, said in zip(page.table("Class"), summary["classes"], strict=True):
         cra = [percent(value) for value in said["cra"].values()]
         whole = [said["name"], str(said["samples"]), percent(said["clean_accuracy"]), *cra]
@@ -310,7 +313,7 @@ def test_an_attack_below_the_certified_accuracy_is_an_error(tmp_path):
     add_attack(run, {"0.5": certified - 1 / 40})
     page = page_of(run)
     assert page.banners == ["ERROR: the attack contradicts the certificates"]
-    assert f"left {percent(certified - 1 / 40)} of 40 images right" in page.text
+    assert f"(pgd) left {percent(certified - 1 / 40)} of 40 images right" in page.text
     add_attack(run, flipped=2)
     page = page_of(run)
     assert len(page.banners) == 1
@@ -331,6 +334,69 @@ def test_an_attack_on_a_part_is_compared_with_that_part(tmp_path):
     assert [row[0] for row in page.table("L2 radius")] == ["36/255", "0.5", "0.7"]
     add_attack(run, {"0.7": 0.0}, samples=20)  # a radius that only the attack speaks of
     assert page_of(run).banners
+
+
+def add_inequality(run, samples=8, found=None, about=None):
+    """inequality.parquet, each radius half as large again as the one before."""
+    table = pyarrow.parquet.read_table(run.path("certificates.parquet")).slice(0, samples)
+    right = np.equal(table["label"], table["prediction"])
+    radii = [np.where(right, table["radius"], 0) * 1.5**i for i in range(4)]
+    if found is not None:
+        radii[-1] = np.where(right, found, 0)
+    columns = dict(zip(RADII, radii, strict=True)) | {"found_by": ["pgd"] * samples}
+    about = {"attacks": "pgd, cw", "steps": "7", "restarts": "2", "seed": "3"} | (about or {})
+    whole = pyarrow.table(columns).replace_schema_metadata(about)
+    pyarrow.parquet.write_table(whole, run.path("inequality.parquet"))
+
+
+def test_the_inequality_is_shown_if_it_was_measured(tmp_path):
+    run = make_run(tmp_path / "a", labels=np.zeros(12, dtype=int))
+    assert "How tight" not in page_of(run).text
+    add_inequality(run)
+    page = page_of(run)
+    assert "How tight the certificates are" in page.text
+    certified = read_inequality(run).certified
+    for i, (row, name) in enumerate(zip(page.table("Ratio"), RADII, strict=True)):
+        assert row[:2] == [name, number(float(np.median(certified)) * 1.5**i)]
+        assert row[2] == ("1.500" if i else "–")
+        assert row[3].startswith("No certificate") == name.startswith("sampled")
+    assert number(1.5**3) in page.text
+    assert "Of the first 8 images" in page.text
+    assert ["--inequality", "--steps", "7", "--restarts", "2", "--samples", "8", "--seed", "3"] in [
+        command[3:] for command in page.commands
+    ]
+    assert not page.banners
+    add_inequality(run, found=np.full(8, 200.0))  # far enough for a log scale
+    assert page_of(run).text != page.text
+
+
+def test_a_refuted_certificate_is_an_error_on_the_page(tmp_path):
+    run = make_run(tmp_path / "a", radius=np.full(12, 0.5))
+    add_inequality(run, found=np.full(8, 0.4))
+    page = page_of(run)
+    assert page.banners == ["ERROR: the attack contradicts the certificates"]
+    assert "above the smallest perturbation found" in page.text
+
+
+def test_the_sandwich_shows_the_strongest_attack_and_all_can_contradict(tmp_path):
+    run = make_run(tmp_path / "a", n=40)
+    certified = run.read_json("summary.json", "")["cra"]["0.5"]
+    add_attack(run, {"0.5": certified + 0.2})
+    attack = run.read_json("attack.json", "")
+    effort = {"samples": 40, "steps": 9, "restarts": 1, "seed": 0}
+    few = {"samples": 4, "steps": 9, "restarts": 1, "seed": 0, "attack": "cw", "value": 0.99}
+    auto = effort | {"attack": "autoattack", "value": certified + 0.1}
+    attack["others"] = {"cw": {"0.5": few}, "autoattack": {"0.5": auto}}
+    run.write_json("attack.json", attack)
+    page = page_of(run)
+    row = next(row for row in page.table("L2 radius") if row[0] == "0.5")
+    assert row[2] == percent(certified + 0.1)
+    assert row[4].startswith("autoattack: 9 steps")
+    assert not page.banners
+    assert any(c[-2:] == ["--attack", "autoattack"] for c in page.commands)
+    attack["others"]["cw"]["0.5"] |= {"samples": 40, "value": certified - 0.1}
+    run.write_json("attack.json", attack)
+    assert "At 0.5 the attack (cw) left" in page_of(run).text
 
 
 def test_missing_measurements_leave_out_their_sections_or_name_their_command(tmp_path):
@@ -455,6 +521,16 @@ def recorded(**columns):
     return break_it
 
 
+def inequality_of_others(run):
+    """Breaks inequality.parquet by making it of certificates that were larger."""
+    add_inequality(run)
+    path = run.path("certificates.parquet")
+    table = pyarrow.parquet.read_table(path)
+    radius = pyarrow.compute.multiply(table["radius"], 0.999)
+    place = table.schema.get_field_index("radius")
+    pyarrow.parquet.write_table(table.set_column(place, "radius", radius), path)
+
+
 CERTIFY, ATTACK = "lipcert certify ", "lipcert attack "
 EFFORT = {"samples": 12, "steps": 1, "restarts": 1, "seed": 0}
 
@@ -492,6 +568,18 @@ EFFORT = {"samples": 12, "steps": 1, "restarts": 1, "seed": 0}
         ),
         (
             changed("attack.json", robust_accuracy={"0.5": EFFORT | {"samples": 13, "value": 1.0}}),
+            "attack.json",
+            ATTACK,
+        ),
+        (written("inequality.parquet", b"PAR1"), "inequality.parquet", "--inequality"),
+        (
+            lambda run: add_inequality(run, found=np.full(8, -1.0)),
+            "inequality.parquet",
+            "--inequality",
+        ),
+        (inequality_of_others, "not of these certificates", "--inequality"),
+        (
+            changed("attack.json", others={"magic": {"0.5": EFFORT | {"value": 2.0}}}),
             "attack.json",
             ATTACK,
         ),

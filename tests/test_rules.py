@@ -257,6 +257,12 @@ def test_the_matrix_is_the_jacobian(name):
     torch.testing.assert_close(matrix, jacobian)
     norm = torch.linalg.matrix_norm(jacobian, 2)
     assert float(lc.spectral_norm(module, row.shape)) == pytest.approx(norm.item(), rel=1e-9)
+    if name in ("Conv2d circulant", "Conv2d same circular"):
+        fourier = lc.spectral_norm(module, row.shape, lc.Fourier())
+        assert float(fourier) == pytest.approx(norm.item(), rel=1e-9)
+    elif "Conv" in name or "conv" in name:
+        with contextlib.suppress(lc.LipcertError):  # not a convolution alone
+            assert float(lc.spectral_norm(module, row.shape, lc.Fourier())) >= norm * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("name", AFFINE)

@@ -123,6 +123,10 @@ TO_ONE = {
         Transpose,
         lambda: chain(conv(BIG, 4, 3, 2, 1), scale((4, 3, 3), 4, 1, 1)).T,
     ),
+    "transpose of transposed conv, scale": (
+        Conv,
+        lambda: chain(conv(BIG, 4, 3, 2, 1).T, scale(BIG, 3, 1, 1)).T,
+    ),
     "dense, scale": (Dense, lambda: chain(dense(4, 3), scale((4,), 4))),
     "scale, dense": (Dense, lambda: chain(scale((3,), 3), dense(4, 3))),
     "number, dense, number": (Dense, lambda: chain(number((3,)), dense(4, 3), number((4,)))),

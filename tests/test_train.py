@@ -1,16 +1,22 @@
 """Training: resumption bit for bit, nothing lost or half written, errors before work."""
 
+import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from lipcert import recipes
 from lipcert import run as runs
 from lipcert.data import from_tensors
 from lipcert.errors import LipcertError
+from lipcert.losses.penalties import Parseval, SpectralNormPenalty
 from lipcert.recipe import override
+from lipcert.recipes.parts import attacked, nesterov
 from lipcert.train import train
+from lipcert.wide_resnet import WideResNet
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +72,90 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, data, s
 
     assert curve(whole) == curve(broken)
     assert [x["epoch"] for x in curve(whole)] == [1, 2, 3, 4]
+
+
+PARTS = {
+    "penalty": {"penalties": (partial(SpectralNormPenalty, strength=0.1),)},
+    "parseval": {"after_step": Parseval(0.1)},
+    "attack": {"perturb": attacked},
+    "decay": {"optimiser": partial(nesterov, weight_decay=0.1)},
+    "normalisation and dropout": {"model": partial(WideResNet, widen=1, blocks=1, dropout=0.3)},
+}
+
+
+def trained(folder, data, made, *stops):
+    """Weights and loss of a run of this recipe, broken off after the given steps and resumed."""
+    run = runs.create(folder, made)
+    for stop in stops:
+        with pytest.raises(Stop):
+            train(run, data, on_step=interrupted_after(stop))
+        torch.manual_seed(54321)
+    train(run, data)
+    line = json.loads(run.path("metrics.jsonl").read_text().splitlines()[-1])
+    return weights(run), line["loss"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_a_recipe_counts_and_survives_resumption(tmp_path, data, part):
+    plain = dataclasses.replace(recipe(epochs=3, learning_rate=0.01), optimiser=nesterov)
+    with_part = dataclasses.replace(plain, **PARTS[part])
+    without, _ = trained(tmp_path / "without", data, plain)
+    expected, loss = trained(tmp_path / "whole", data, with_part)
+    resumed, same_loss = trained(tmp_path / "resumed", data, with_part, 4, 8)
+    assert without.keys() != expected.keys() or any(
+        not torch.equal(without[k], expected[k]) for k in without
+    )
+    assert loss == same_loss
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[k], resumed[k]) for k in expected)
+
+
+def test_parts_run_in_order_with_the_right_gradients(tmp_path, data):
+    """Perturbation, loss, penalties, step, after_step: once each for every batch."""
+    calls = []
+
+    class Penalty(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self._net = (net,)
+
+        def forward(self):
+            calls.append("penalty")
+            return 0.0 * sum(p.sum() for p in self._net[0].parameters()) + 1000.0
+
+    def perturb(net, x, y, eps):
+        calls.append("perturb")
+        assert x.shape[1:] == (1, 4, 4)
+        assert len(x) == len(y)
+        assert eps >= 0
+        return x
+
+    def after_step(net):
+        calls.append("after_step")
+        assert net.training
+        assert not torch.is_grad_enabled()
+
+    parts = {"penalties": (Penalty, Penalty), "perturb": perturb, "after_step": after_step}
+    made = dataclasses.replace(recipe(epochs=1), **parts)
+    _, loss = trained(tmp_path / "run", data, made)
+    batches = 3  # of the 81 samples left for training
+    assert calls == ["perturb", "penalty", "penalty", "after_step"] * batches
+    assert 2000 < loss < 2010
+
+
+def test_a_penalty_and_the_steps_after_the_optimisers_do_their_work(tmp_path, data):
+    base = recipe(epochs=5)
+    make = partial(SpectralNormPenalty, strength=1.0)
+    plain, _ = trained(tmp_path / "plain", data, base)
+    small, _ = trained(tmp_path / "small", data, dataclasses.replace(base, penalties=(make,)))
+    unit, _ = trained(tmp_path / "unit", data, dataclasses.replace(base, after_step=Parseval(0.3)))
+    hidden = [k for k in plain if k.endswith("weight")][:-1]
+
+    def norms(state):
+        return torch.stack([torch.linalg.matrix_norm(state[k], 2) for k in hidden])
+
+    assert (norms(small) < norms(plain)).all()
+    assert ((norms(unit) - 1).abs() < 0.05).all()
 
 
 def test_training_learns_and_the_seed_decides(tmp_path, data):

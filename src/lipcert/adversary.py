@@ -80,7 +80,7 @@ def pgd(
         )
     radii = _radii(x, radius, clip)
     x, labels = x.detach(), labels.long()
-    with _evaluating(net), torch.enable_grad():
+    with evaluating(net), torch.enable_grad():
         logits = net(x).detach()
         rivals = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
         ranking = logits.masked_fill(~rivals, -math.inf).argsort(dim=1, descending=True)
@@ -140,7 +140,7 @@ def lower_bound(
         One number per sample, in units of the output per unit of the input, float64.
     """
     x = x.detach().requires_grad_()
-    with _evaluating(f), torch.enable_grad():
+    with evaluating(f), torch.enable_grad():
         # The zero term ties functions that ignore their input to it.
         y = f(x) + 0 * x.sum()
         # J^T c is linear in c, and its adjoint is J: no forward-mode rules are needed.
@@ -156,7 +156,7 @@ def lower_bound(
 
 
 @contextmanager
-def _evaluating(f: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def evaluating(f: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Eval mode for every module inside f, and each one's own flag again afterwards."""
     modules = list(f.modules()) if isinstance(f, nn.Module) else []
     flags = [module.training for module in modules]

@@ -145,8 +145,14 @@ def certify(
 def attack(
     run: RunDirectory,
     eps: Eps = None,
-    steps: Annotated[int, typer.Option(help="Ascent steps.", min=1)] = 50,
-    restarts: Annotated[int, typer.Option(help="Starts a sample.", min=1)] = 5,
+    attack: Annotated[
+        str | None, typer.Option(help="pgd, deepfool, cw or autoattack [pgd].")
+    ] = None,
+    inequality: Annotated[
+        bool, typer.Option("--inequality", help="Radii side by side: certified, sampled, attacked.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Steps of the attack.", min=1)] = 50,
+    restarts: Annotated[int, typer.Option(help="Starts a sample (pgd).", min=1)] = 5,
     samples: Annotated[
         int | None, typer.Option(help="Only the first so many samples.", min=1)
     ] = None,
@@ -156,11 +162,11 @@ def attack(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """PGD at the radii given; without --eps inside every certified ball, where it must fail."""
-    from lipcert import commands
+    """Attack at the radii given; without --eps inside every certified ball, where it must fail."""
+    from lipcert import attack_command, attacking
 
-    effort = commands.Effort(steps, restarts, samples, seed, batch_size or 512)
-    commands.attack(run, eps or [], effort, data, device, as_json)
+    effort = attacking.Effort(steps, restarts, samples, seed, batch_size or 512)
+    attack_command.attack(run, eps or [], attack, inequality, effort, data, device, as_json)
 
 
 @app.command()

@@ -3,26 +3,25 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from lipcert import evaluate, recipes, tables
 from lipcert import run as runs
 from lipcert import train as training
+from lipcert.attack_command import attack_at, fail_on_flips
+from lipcert.attacking import Effort
 from lipcert.bound_table import BoundName, bound_table
 from lipcert.data import Dataset, Split, load
 from lipcert.errors import LipcertError
+from lipcert.external_attacks import AttackName
 from lipcert.files import write_atomically
 from lipcert.graph import Graph
+from lipcert.progress import progress
 from lipcert.recipe import override, settings
 from lipcert.report import write_report
 from lipcert.run import Run
@@ -30,37 +29,6 @@ from lipcert.targets import bound_name, check_device, make_network, open_trained
 from lipcert.tracing import trace
 
 SAMPLED = 32  # points at which the bound table samples Jacobian norms
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How hard an attack tries."""
-
-    steps: int
-    restarts: int
-    samples: int | None
-    seed: int
-    batch_size: int
-
-
-@contextmanager
-def _progress(what: str, total: int | None = None) -> Iterator[Any]:
-    """A bar on stderr with time left; gives a function of the amount done."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-
-        def advance(done: int, of: int | None = None, note: str = "") -> None:
-            bar.update(task, completed=done, total=of or total, description=f"{what} {note}")
-
-        yield advance
 
 
 def show_recipes(name: str | None, as_json: bool) -> None:
@@ -102,7 +70,7 @@ def train(
 
 
 def _train(run: Run, data: Dataset, device: str) -> None:
-    with _progress(f"train {run.recipe.name}") as advance:
+    with progress(f"train {run.recipe.name}") as advance:
         note = ""
 
         def on_epoch(record: training.Epoch) -> None:
@@ -164,7 +132,7 @@ def bound(
         run, net, graph = open_trained(Path(target), device)
         data = load(run.recipe.data, Split.EVALUATION)
         x = data.pixels(slice(SAMPLED), device)
-    with _progress("bound", len(chosen)) as advance:
+    with progress("bound", len(chosen)) as advance:
         results = []
         for place, name in enumerate(chosen):
             results.append(bound_table(name, graph, x))
@@ -208,7 +176,7 @@ def _certify(
     radii: tuple[str, ...],
     batch_size: int,
 ) -> dict[str, Any]:
-    with _progress("certify", len(data)) as advance:
+    with progress("certify", len(data)) as advance:
         return evaluate.certify_run(
             *(run, net, graph, data),
             name=name,
@@ -216,60 +184,6 @@ def _certify(
             batch_size=batch_size,
             on_batch=advance,
         )
-
-
-def attack(
-    folder: Path,
-    eps: list[str],
-    effort: Effort,
-    data_source: str | None,
-    device: str,
-    as_json: bool,
-) -> None:
-    """`lipcert attack`."""
-    run, net, _ = open_trained(folder, device)
-    data = load(data_source or _certified_data(run), Split.EVALUATION)
-    results = _attack(run, net, data, eps, effort)
-    if as_json:
-        typer.echo(json.dumps(results, indent=2))
-    else:
-        tables.show_attack(results)
-    _fail_on_flips(results)
-
-
-def _certified_data(run: Run) -> str:
-    """The data that were certified, so that rows match; else the recipe's."""
-    if run.path("summary.json").exists():
-        return run.read_json("summary.json", f"lipcert certify {run.folder}")["data"]
-    return run.recipe.data
-
-
-def _attack(
-    run: Run, net: nn.Module, data: Dataset, eps: list[str], effort: Effort
-) -> dict[str, Any]:
-    if effort.samples is not None:
-        data = data.subset(slice(effort.samples))
-    with _progress("attack", len(data) * max(1, len(eps))) as advance:
-        return evaluate.attack_run(
-            *(run, net, data),
-            radii=eps,
-            steps=effort.steps,
-            restarts=effort.restarts,
-            batch_size=effort.batch_size,
-            seed=effort.seed,
-            on_batch=advance,
-        )
-
-
-def _fail_on_flips(results: dict[str, Any]) -> None:
-    flipped = results.get("inside", {}).get("flipped", 0)
-    if flipped:
-        typer.echo(
-            f"lipcert: {flipped} predictions changed inside their certified ball. This must not "
-            "happen: please report it with the run directory.",
-            err=True,
-        )
-        raise typer.Exit(1)
 
 
 def report(folders: list[Path], out: Path | None) -> None:
@@ -290,10 +204,10 @@ def demo(out: Path) -> None:
     test = load(recipe.data, Split.EVALUATION)
     auto = BoundName.AUTO
     summary = _certify(run, net, graph, test, auto, recipe.radii, 512)
-    effort = Effort(50, 5, None, 0, 512)
-    _attack(run, net, test, list(recipe.radii), effort)
-    results = _attack(run, net, test, [], effort)
+    effort = Effort(steps=50, restarts=5, samples=None, seed=0, batch_size=512)
+    attack_at(run, net, test, AttackName.PGD, list(recipe.radii), effort)
+    results = attack_at(run, net, test, AttackName.PGD, [], effort)
     tables.show_bounds([bound_table(auto, graph, test.pixels(slice(SAMPLED)))])
     tables.show_summary(summary, results)
-    _fail_on_flips(results)
+    fail_on_flips(results)
     report([out], None)

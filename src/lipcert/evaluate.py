@@ -1,4 +1,4 @@
-"""Measuring a trained network: certificates and attacks, and the files they go to."""
+"""Certifying a trained network, and the files that the certificates go to."""
 
 import dataclasses
 import io
@@ -9,10 +9,8 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-import torch
 from torch import Tensor, nn
 
-from lipcert.adversary import pgd
 from lipcert.bound_table import BoundName, bound_table, make_bound
 from lipcert.certificate import (
     Certificate,
@@ -102,14 +100,15 @@ def certify_run(
     )
     run.write_json("bound.json", dataclasses.asdict(table))
     run.write_json("summary.json", summary)
-    attack = _earlier_attack(run, data)
+    attack = earlier_attack(run, data)
     if attack.pop("inside", None):  # it spoke of the certificates that were there before
         run.write_json("attack.json", attack)
+    run.path("inequality.parquet").unlink(missing_ok=True)  # for the same reason
     return summary
 
 
-def _earlier_attack(run: Run, data: Dataset) -> dict[str, Any]:
-    """What attack.json holds, if it is of these data."""
+def earlier_attack(run: Run, data: Dataset) -> dict[str, Any]:
+    """What attack.json holds, if it is of these data; to be added to."""
     found = (
         run.read_json("attack.json", f"lipcert attack {run.folder}")
         if run.path("attack.json").exists()
@@ -154,67 +153,3 @@ def read_certificates(run: Run) -> pyarrow.Table:
         raise LipcertError(
             f"{path} is broken ({error}). Make it again: lipcert certify {run.folder}."
         ) from None
-
-
-def attack_run(
-    run: Run,
-    net: nn.Module,
-    data: Dataset,
-    *,
-    radii: Sequence[str],
-    steps: int,
-    restarts: int,
-    batch_size: int,
-    seed: int,
-    on_batch: Progress = lambda done: None,
-) -> dict[str, Any]:
-    """Attacks samples at the given radii, or inside their certified balls, where it must fail.
-
-    Args:
-        run: Where attack.json goes; what earlier calls found on the same data is kept.
-        net: The trained network.
-        data: The samples, in the order in which they were certified (a prefix is fine).
-        radii: Radii as text; none for the certified balls.
-        steps: Ascent steps.
-        restarts: Random starts; further ones aim at one rival class each.
-        batch_size: Samples at a time.
-        seed: Of the random starts.
-        on_batch: Called with the number of samples done, over all radii.
-
-    Returns:
-        The content of attack.json.
-    """
-    device = next(net.parameters()).device
-    results = _earlier_attack(run, data)
-    x, labels = data.pixels(device=device), data.labels.to(device)
-
-    box = (0.0, 1.0) if radii else None  # a certificate also speaks of points outside the box
-
-    def found(targets: Tensor, radius: Tensor, done: int) -> Tensor:
-        generator = torch.Generator(device=device).manual_seed(seed)
-        hits = []
-        pieces = zip(*(t.split(batch_size) for t in (x, targets, radius)), strict=True)
-        for batch, target, r in pieces:
-            result = pgd(net, batch, target, r, steps, restarts, box, generator=generator)
-            hits.append(result.found)
-            done += len(batch)
-            on_batch(done)
-        return torch.cat(hits).cpu()
-
-    settings = {"samples": len(data), "steps": steps, "restarts": restarts, "seed": seed}
-    if radii:
-        at = results.setdefault("robust_accuracy", {})
-        for place, text in enumerate(radii):
-            radius = torch.full((len(data),), parse_radius(text), dtype=torch.float64)
-            hit = found(labels, radius.to(device), place * len(data))
-            at[text] = settings | {"value": float((~hit).double().mean())}
-    else:
-        table = read_certificates(run).slice(0, len(data))
-        radius = torch.tensor(table["radius"].to_pylist(), dtype=torch.float64, device=device)
-        radius = radius.clamp(max=x[0].numel() ** 0.5)  # the box's diagonal stands for no limit
-        prediction = torch.tensor(table["prediction"].to_pylist(), device=device)
-        hit = found(prediction, radius, 0)
-        attacked = int((radius > 0).sum())
-        results["inside"] = settings | {"attacked": attacked, "flipped": int(hit.sum())}
-    run.write_json("attack.json", results)
-    return results

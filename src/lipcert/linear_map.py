@@ -38,7 +38,7 @@ class LinearMap(ABC):
         return torch.func.vjp(self.apply, zero)[1](y)[0]
 
     def split(self) -> tuple["LinearMap", "LinearMap"]:
-        """Maps P, N without negative entries and A = P - N; the dense matrix unless a kind knows."""
+        """P, N without negative entries and A = P - N; dense matrices unless a kind knows."""
         return Matrix(self.in_shape, self.out_shape, self.dense()).split()
 
     def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +85,8 @@ class LinearMap(ABC):
         Numbers and fixed matrices adapt to what they meet; they are float64 and on the CPU, so the
         weights are what is less precise or elsewhere. Float64 for a map without any.
         """
-        tensors = self.tensors()
-        weights = [t for t in tensors if t.ndim] or tensors or [torch.zeros((), dtype=torch.float64)]
+        tensors = self.tensors() or [torch.zeros((), dtype=torch.float64)]
+        weights = [t for t in tensors if t.ndim] or tensors
         return min(weights, key=lambda t: (t.element_size(), t.device.type == "cpu"))
 
     def to(self, dtype: torch.dtype) -> "LinearMap":

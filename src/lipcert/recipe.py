@@ -18,6 +18,7 @@ from lipcert.schedules import Constant, Schedule
 
 Optimiser = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 Perturbation = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
+_ALWAYS_ONE = Constant(1.0)
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class Recipe:
     learning_rate: float
     radii: tuple[str, ...]
     loss_options: Mapping[str, Any] = field(default_factory=dict)
-    eps_schedule: Schedule = Constant(1.0)
-    learning_rate_schedule: Schedule = Constant(1.0)
+    eps_schedule: Schedule = _ALWAYS_ONE
+    learning_rate_schedule: Schedule = _ALWAYS_ONE
     penalties: tuple[Callable[[nn.Module], nn.Module], ...] = ()
     perturb: Perturbation | None = None
     after_step: Callable[[nn.Module], None] | None = None

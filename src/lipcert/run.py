@@ -8,7 +8,8 @@ config.json             how to build the network (the hub's layout)
 certificates.parquet    one row a test sample
 bound.json              the bound, layer by layer
 summary.json            the result
-attack.json             what the attack found
+attack.json             what the attacks found
+inequality.parquet      certified, sampled and attacked radii of each test sample
 report.html             all of it on one page
 """
 
@@ -96,6 +97,7 @@ def create(folder: Path, recipe: Recipe) -> Run:
 FILES = (
     *("recipe.json", "metrics.jsonl", "checkpoint.safetensors", "model.safetensors", "config.json"),
     *("certificates.parquet", "bound.json", "summary.json", "attack.json", "report.html"),
+    "inequality.parquet",
 )
 
 

@@ -176,7 +176,7 @@ def _geometry(conv: Conv) -> tuple:
 
 
 def _add_identity(conv: Conv, channels: Tensor) -> Conv | None:
-    """conv + diag(channels): a tap in the middle, if output i sits where input i does."""
+    """The sum conv + diag(channels): a tap in the middle, if output i sits where input i does."""
     taps = [before / d for (before, _), d in zip(conv.padding, conv.dilation, strict=True)]
     centred = all(t.is_integer() and t < k for t, k in zip(taps, conv.kernel, strict=True))
     if not centred or set(conv.stride) != {1} or conv.in_shape != conv.out_shape:

@@ -129,14 +129,42 @@ def show_summary(summary: dict[str, Any], attack: dict[str, Any] | None = None) 
 
 def show_attack(results: dict[str, Any]) -> None:
     """What the attack found, at all radii tried so far and inside the certified balls."""
-    at = results.get("robust_accuracy", {})
-    if at:
-        table = _table("Accuracy under attack (PGD)", "L2 radius", "accuracy", "samples", "effort")
-        for text, r in at.items():
-            effort = f"{r['steps']} steps x {r['restarts']} starts"
-            table.add_row(text, _percent(r["value"]), str(r["samples"]), effort)
+    at = {"pgd": results.get("robust_accuracy", {}), **results.get("others", {})}
+    if any(at.values()):
+        table = _table(
+            "Accuracy under attack", "L2 radius", "attack", "accuracy", "samples", "effort"
+        )
+        for attack, found in at.items():
+            for text, r in found.items():
+                effort = f"{r['steps']} steps x {r['restarts']} starts"
+                table.add_row(text, attack, _percent(r["value"]), str(r["samples"]), effort)
         _print(table)
     _print_inside(results)
+
+
+def show_inequality(results: dict[str, Any]) -> None:
+    """The medians of the four radii, and how each compares with the one before."""
+    names = list(results["medians"])
+    words = {
+        "certified": "the certificate",
+        "sampled_global": "no certificate: slopes seen",
+        "sampled_local": "no certificate: slopes near",
+        "smallest_perturbation": f"found: {results['attacks']}",
+    }
+    table = _table(
+        f"Radii of {results['samples']} samples (L2), medians", "radius", "median", "ratio", "what"
+    )
+    ratios = results["ratios"]
+    for name, before in zip(names, [None, *names], strict=False):
+        ratio = ratios[f"{name} / {before}"] if before else None
+        table.add_row(name, _number(results["medians"][name]), _number(ratio), words[name])
+    _print(table)
+    whole = _number(ratios[f"{names[-1]} / {names[0]}"])
+    _print(
+        f"Ratio: median over the samples of this radius to the one above; from the first to the "
+        f"last {whole}. Smallest perturbations below sampled_local: "
+        f"{results['perturbations_below_sampled_local']}."
+    )
 
 
 def _print_inside(results: dict[str, Any]) -> None:

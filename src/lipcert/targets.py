@@ -10,6 +10,7 @@ from torch import nn
 from lipcert import run as runs
 from lipcert.bound_table import BoundName
 from lipcert.errors import LipcertError
+from lipcert.external_attacks import AttackName
 from lipcert.graph import Graph
 from lipcert.linear_map import Shape
 from lipcert.run import Run
@@ -41,6 +42,15 @@ def bound_name(name: str) -> BoundName:
     except ValueError:
         known = ", ".join(BoundName)
         raise LipcertError(f"There is no bound {name!r}. Bounds: {known}.") from None
+
+
+def attack_name(name: str) -> AttackName:
+    """The attack of this name."""
+    try:
+        return AttackName(name)
+    except ValueError:
+        known = ", ".join(AttackName)
+        raise LipcertError(f"There is no attack {name!r}. Attacks: {known}.") from None
 
 
 def parse_shape(text: str) -> Shape:

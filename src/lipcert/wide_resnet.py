@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lipcert.errors import LipcertError
 
@@ -38,7 +38,7 @@ class WideBlock(nn.Module):
             narrow = nn.Conv2d(inputs, outputs, 1, 1 if pool else stride, bias=False)
             self.shortcut = nn.Sequential(nn.AvgPool2d(stride), narrow) if pool else narrow
 
-    def forward(self, h: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, h, b):  # no annotations: tracing calls it with stand-ins for tensors
         """The next pair of streams, each `(n, outputs, height / stride, width / stride)`."""
         a = self.conv2(self.dropout(F.relu(self.norm1(self.conv1(b)))))
         h = a + (h if self.shortcut is None else self.shortcut(b))
@@ -48,8 +48,9 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """WRN-16-4 in the form of LMT.
 
-    A stem (convolution and norm, no ReLU), 3 groups of 2 blocks, average pool, dense layer. Widths 64, 128, 256, strides 1, 2, 2; convolutions have no bias. 2 748 890 parameters for
-    (3, 32, 32) and 10 classes.
+    A stem (convolution and norm, no ReLU), 3 groups of 2 blocks, average pool, dense layer. Widths
+    64, 128, 256, strides 1, 2, 2; convolutions have no bias. 2 748 890 parameters for (3, 32, 32)
+    and 10 classes.
 
     Args:
         in_shape: (channels, height, width); height and width multiples of 4.
@@ -93,7 +94,7 @@ class WideResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):  # as above
         """Logits `(n, classes)` of images `(n, *in_shape)`."""
         h = b = self.norm(self.stem(x))
         for block in self.blocks:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
+from lipcert.inequality import RADII, Inequality
 from lipcert.radii import parse_radius
 from lipcert.report.markup import Html, tag
 from lipcert.report.results import Results
@@ -31,6 +32,7 @@ _WIDTH = 1.6  # of lines, in points
 _TEXT = 8.5  # points; a little more than this in pixels once the page has scaled the figure
 _FILLED = 500  # points along the edge of the filled part
 _CLOSEST = 0.07  # of the axis: closer ones would overlap
+_FAR = 8  # times as far: more than a linear axis can show
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def curve_figure(runs: Sequence[Results], radii: Sequence[str]) -> Html:
     """
     marks = {parse_radius(text): text for text in radii}
     attacked = [
-        {parse_radius(text): found.value for text, found in run.attack.robust_accuracy.items()}
+        {parse_radius(text): found.value for text, found in run.attack.strongest().items()}
         for run in runs
     ]
     finite = [run.radius[run.right & np.isfinite(run.radius)] for run in runs]
@@ -73,6 +75,26 @@ def curve_figure(runs: Sequence[Results], radii: Sequence[str]) -> Html:
     _mark(ax, marks, end)
     ax.set(xlim=(0, end), ylim=(0, 101))
     return _inline(figure, "Certified accuracy against the L2 radius")
+
+
+def inequality_figure(inequality: Inequality) -> Html:
+    """The four radii of each sample, in the order of the certified one.
+
+    On a log scale where the smallest perturbation is far from the certificate.
+    """
+    order = np.argsort(inequality.certified, kind="stable")
+    order = order[:: 1 + len(order) // _FILLED]
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    ax = _axes(figure, 111, "images, by certified radius, %", "L2 radius, in input units")
+    x = 100 * (np.arange(len(order)) + 1) / len(order)
+    if inequality.ratios()[f"{RADII[-1]} / {RADII[0]}"] > _FAR:
+        ax.set_yscale("log")
+    for index, name in reversed(list(enumerate(RADII))):
+        ax.plot(x, getattr(inequality, name)[order], **_style(index) | {"linewidth": 1.2})
+    ax.set_xlim(0, 100)
+    if ax.get_yscale() == "linear":
+        ax.set_ylim(0)
+    return _inline(figure, "Certified, sampled and attacked radii of each image")
 
 
 def _mark(ax: Axes, marks: dict[float, str], end: float) -> None:

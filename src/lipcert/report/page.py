@@ -119,7 +119,7 @@ def _curve(results: Sequence[Results], names: Sequence[str], radii: Sequence[str
         tag("li", line_key(i), f"{name}: {wording.adjective(r.summary.kind)} accuracy")
         for i, (r, name) in enumerate(zip(results, names, strict=True))
     ]
-    if any(r.attack.robust_accuracy for r in results):
+    if any(r.attack.all() for r in results):
         colour = ", in the colour of the run" if len(results) > 1 else ""
         keys.append(tag("li", attack_key(), f"accuracy under attack{colour}"))
     plot = tag("div", curve_figure(results, radii), class_="scroll", tabindex="0")
@@ -148,6 +148,7 @@ def _run(
     )
     parts = {
         "Accuracy by radius": join(sections.by_radius(r), curve or ""),
+        "How tight the certificates are": sections.inequality(r),
         "Beside the published numbers": sections.published(r),
         "Sample images": sections.images(r, data),
         "Class by class": sections.by_class(r),

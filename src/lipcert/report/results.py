@@ -11,9 +11,12 @@ import numpy as np
 import pyarrow
 from jaxtyping import Bool, Float, Int
 
+from lipcert.attacking import read_inequality
 from lipcert.bound_table import BoundTable
 from lipcert.errors import LipcertError
 from lipcert.evaluate import read_certificates
+from lipcert.external_attacks import AttackName
+from lipcert.inequality import Inequality
 from lipcert.kinds import Kind
 from lipcert.radii import parse_radius
 from lipcert.report.typed import typed
@@ -72,6 +75,7 @@ class Attacked:
     restarts: int
     seed: int
     value: float
+    attack: AttackName = AttackName.PGD
 
 
 @dataclass(frozen=True)
@@ -84,20 +88,41 @@ class Inside:
     seed: int
     attacked: int
     flipped: int
+    attack: AttackName = AttackName.PGD
 
 
 @dataclass(frozen=True)
 class Attack:
-    """attack.json: by radius as text, and inside the certified balls; each may be absent."""
+    """attack.json; each part may be absent.
+
+    Attributes:
+        robust_accuracy: What PGD left right, by radius as text.
+        others: The same of other attacks, by their names.
+        inside: The attack inside the certified balls.
+    """
 
     robust_accuracy: dict[str, Attacked] = dataclasses.field(default_factory=dict)
+    others: dict[str, dict[str, Attacked]] = dataclasses.field(default_factory=dict)
     inside: Inside | None = None
 
     def __post_init__(self):
-        for text, found in self.robust_accuracy.items():
+        for text, found in self.all():
             parse_radius(text)
             if not 0 <= found.value <= 1:
                 raise LipcertError(f"the accuracy at {text} is {found.value}, no fraction")
+
+    def all(self) -> list[tuple[str, Attacked]]:
+        """Every attack with its radius."""
+        return [pair for by in (self.robust_accuracy, *self.others.values()) for pair in by.items()]
+
+    def strongest(self) -> dict[str, Attacked]:
+        """By radius the attack on the most samples, and of these the one that left the fewest."""
+        best: dict[str, Attacked] = {}
+        for text, found in self.all():
+            known = best.setdefault(text, found)
+            if (-found.samples, found.value) < (-known.samples, known.value):
+                best[text] = found
+        return best
 
 
 @dataclass(frozen=True)
@@ -122,6 +147,7 @@ class Results:
         attack: From attack.json, empty without the file.
         bound: From bound.json, None without the file.
         epochs: From metrics.jsonl, None without the file.
+        inequality: From inequality.parquet, None without the file; of the first samples.
     """
 
     run: Run
@@ -134,6 +160,7 @@ class Results:
     attack: Attack
     bound: BoundTable | None
     epochs: tuple[Epoch, ...] | None
+    inequality: Inequality | None
 
     @property
     def right(self) -> Bool[np.ndarray, " n"]:
@@ -147,11 +174,11 @@ class Results:
             robust = self.radius >= parse_radius(text)
         return int((self.right & robust)[:samples].sum())
 
-    def contradictions(self) -> list[str]:
-        """The radii at which the attack left fewer samples right than are certified."""
+    def contradictions(self) -> list[tuple[str, Attacked]]:
+        """Attacks, with their radius, that left fewer samples right than are certified."""
         return [
-            text
-            for text, found in self.attack.robust_accuracy.items()
+            (text, found)
+            for text, found in self.attack.all()
             if round(found.value * found.samples) < self.certified(text, found.samples)
         ]
 
@@ -173,13 +200,14 @@ def read_results(run: Run) -> Results:
     if run.path("bound.json").exists():
         bound = _read(run, "bound.json", BoundTable, certify)
     epochs = _epochs(run.path("metrics.jsonl"), train)
+    inequality = read_inequality(run) if run.path("inequality.parquet").exists() else None
     table = read_certificates(run)
     try:
         label, prediction = (_column(table, n, pyarrow.int64()) for n in ("label", "prediction"))
         radius = _column(table, "radius", pyarrow.float64())
         robust = {t: _column(table, f"robust@{t}", pyarrow.bool_()) for t in summary.cra}
         rows = (label, prediction, radius, robust)
-        results = Results(run, start, summary, *rows, attack, bound, epochs)
+        results = Results(run, start, summary, *rows, attack, bound, epochs, inequality)
         _count_again(results, (table.schema.metadata or {}).get(b"kind", b"").decode())
     except (KeyError, pyarrow.ArrowException, LipcertError) as error:
         raise LipcertError(
@@ -187,6 +215,7 @@ def read_results(run: Run) -> Results:
             f"Make both again: {certify}."
         ) from None
     _check_attack(results)
+    _check_inequality(results)
     return results
 
 
@@ -219,12 +248,24 @@ def _count_again(results: Results, kind: str) -> None:
 
 def _check_attack(results: Results) -> None:
     attack = results.attack
-    at = attack.robust_accuracy.values()
-    tried = [found.samples for found in at] + ([attack.inside.samples] if attack.inside else [])
+    tried = [found.samples for _, found in attack.all()]
+    tried += [attack.inside.samples] if attack.inside else []
     if not all(0 < samples <= results.summary.samples for samples in tried):
         raise LipcertError(
             f"{results.run.path('attack.json')} is not of the {results.summary.samples} samples "
             f"that were certified. Remove it and attack again: lipcert attack {results.run.folder}."
+        )
+
+
+def _check_inequality(results: Results) -> None:
+    found = results.inequality
+    if found is None:
+        return
+    counted = np.where(results.right, results.radius, 0)
+    if not 0 < len(found) <= len(counted) or (found.certified > counted[: len(found)]).any():
+        raise LipcertError(
+            f"{results.run.path('inequality.parquet')} is not of these certificates. Make it "
+            f"again: lipcert attack {results.run.folder} --inequality."
         )
 
 

@@ -1,14 +1,16 @@
 """The sections of a report on one run; a section without anything to show is empty."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 
 from lipcert.data import Dataset
+from lipcert.inequality import RADII
 from lipcert.radii import parse_radius
 from lipcert.recipe import settings
 from lipcert.report import wording
-from lipcert.report.figures import line_key, thumbnail, training_figure
+from lipcert.report.figures import inequality_figure, line_key, thumbnail, training_figure
 from lipcert.report.markup import Html, join, number, percent, rounded_down, table, tag
 from lipcert.report.results import Results
 
@@ -37,7 +39,7 @@ def tiles(r: Results) -> Html:
 
 def by_radius(r: Results) -> Html:
     """What is certified and what the attack left, radius by radius."""
-    s, attacked = r.summary, r.attack.robust_accuracy
+    s, attacked = r.summary, r.attack.strongest()
     rows = []
     for text in sorted({**s.cra, **attacked}, key=parse_radius):
         found = attacked.get(text)
@@ -73,6 +75,37 @@ def _inside(r: Results) -> Html:
     counts = tag("strong", f"{inside.attacked} attacked, {inside.flipped} flipped")
     how = wording.effort(inside, r.summary.samples)
     return join(f"Attack inside every {ball}: ", counts, f" ({how}).")
+
+
+def inequality(r: Results) -> Html:
+    """Certified, sampled and attacked radii side by side; empty without inequality.parquet."""
+    found = r.inequality
+    if found is None:
+        return Html()
+    medians, ratios = found.medians(), found.ratios()
+    first, last, explained = RADII[0], RADII[-1], wording.radii_explained(r.summary.kind)
+    rows = []
+    for i, name in enumerate(RADII):
+        to_previous = number(ratios[f"{name} / {RADII[i - 1]}"]) if i else "–"
+        label = join(line_key(i), name)
+        rows.append((label, number(medians[name]), to_previous, explained[name]))
+    head = ("Radius", "Median", "Ratio", "What")
+    counts = Counter(by for by in found.found_by if by)
+    by = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+    about = found.about
+    notes = (
+        f"Of the first {len(found)} images; a wrong prediction counts as 0 in the medians. Ratio: "
+        f"median over the images of this radius to the one above; from {first} to {last} it is "
+        f"{number(ratios[f'{last} / {first}'])}.",
+        f"Nearest points found by: {by or 'none'}. Attacks: {about['attacks']}; "
+        f"{about['steps']} steps, {about['restarts']} starts.",
+    )
+    plot = tag("div", inequality_figure(found), class_="scroll", tabindex="0")
+    return join(
+        table(head, rows, words=("What",)),
+        *(tag("p", note, class_="note") for note in notes),
+        tag("figure", plot),
+    )
 
 
 def _bar(full: float, half: float) -> Html:

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterable
 
 from lipcert import recipes
+from lipcert.external_attacks import AttackName
 from lipcert.kinds import Kind
 from lipcert.recipe import settings
 from lipcert.report.markup import Html, join, percent, tag
@@ -24,7 +25,7 @@ GLOSSARY = {
         "median radius."
     ),
     "Upper side": (
-        "Accuracy under attack: the part of the images that an attack (PGD) left right. True "
+        "Accuracy under attack: the part of the images that the strongest attack left right. True "
         "robust accuracy lies between the certified and the attacked."
     ),
     "Kinds": (
@@ -39,6 +40,15 @@ LAYERS_EXPLAINED = (
     "constant cannot be. Looseness: bound over sampled, the most that the bound can be off by. "
     "Share: the part of the final looseness, on a log scale, that this layer adds."
 )
+
+
+_SAMPLED_EXPLAINED = {
+    "sampled_global": (
+        "No certificate: the margin over the largest slope seen at any point of any image."
+    ),
+    "sampled_local": "No certificate: the same, with the slopes seen near this image.",
+    "smallest_perturbation": "Found: at this distance an attack changes the prediction.",
+}
 
 
 def adjective(kind: Kind) -> str:
@@ -60,6 +70,12 @@ def badge(summary: Summary) -> str:
             return f"probabilistic: may fail with probability {summary.failure_probability:.1e}"
         case Kind.ESTIMATE:
             return "ESTIMATE: no certificate"
+
+
+def radii_explained(kind: Kind) -> dict[str, str]:
+    """What each of the four radii of the inequality says, by its name."""
+    proved = "Not proved" if kind is Kind.ESTIMATE else "Proved"
+    return {"certified": f"{proved}: the prediction cannot change within it."} | _SAMPLED_EXPLAINED
 
 
 def claim(summary: Summary) -> str:
@@ -105,12 +121,18 @@ def warnings(results: Results, of: str = "") -> Html:
                 "the true ones. For certificates, certify with a true bound.",
             )
         )
-    found = [_refuted_at(results, text) for text in results.contradictions()]
+    found = [_refuted_at(results, text, attack) for text, attack in results.contradictions()]
     inside = results.attack.inside
     if inside and inside.flipped:
         found.append(
             f"{inside.flipped} of {inside.attacked} predictions were changed inside their "
             f"{adjective(kind)} balls."
+        )
+    refuted = 0 if results.inequality is None else int(results.inequality.refuted().sum())
+    if refuted:
+        found.append(
+            f"{refuted} of {len(results.inequality or ())} {adjective(kind)} radii are above the "
+            "smallest perturbation found, or above what the slopes seen allow."
         )
     if found:
         title, verdict = _VERDICTS[kind]
@@ -132,19 +154,19 @@ _VERDICTS = {
 }
 
 
-def _refuted_at(results: Results, text: str) -> str:
-    found = results.attack.robust_accuracy[text]
+def _refuted_at(results: Results, text: str, found: Attacked) -> str:
     certified = results.certified(text, found.samples) / found.samples
     return (
-        f"At {text} the attack left {percent(found.value)} of {found.samples} images right, but "
-        f"{percent(certified)} of them are {adjective(results.summary.kind)}."
+        f"At {text} the attack ({found.attack}) left {percent(found.value)} of {found.samples} "
+        f"images right, but {percent(certified)} of them are {adjective(results.summary.kind)}."
     )
 
 
 def effort(found: Attacked | Inside, samples: int) -> str:
     """How hard an attack tried; `samples` is how many there are in all."""
     part = f"first {found.samples} images, " if found.samples < samples else ""
-    return f"{part}{found.steps} steps, {found.restarts} starts, seed {found.seed}"
+    tries = f"{found.steps} steps, {found.restarts} starts, seed {found.seed}"
+    return f"{part}{found.attack}: {tries}"
 
 
 def attack_command(run: Run, radii: Iterable[str], found: Attacked | Inside | None = None) -> str:
@@ -153,6 +175,7 @@ def attack_command(run: Run, radii: Iterable[str], found: Attacked | Inside | No
     if found is not None:
         numbers = ("steps", "restarts", "samples", "seed")
         options += [word for n in numbers for word in (f"--{n}", str(getattr(found, n)))]
+        options += [] if found.attack is AttackName.PGD else ["--attack", found.attack]
     return shlex.join(["lipcert", "attack", str(run.folder), *options])
 
 
@@ -171,9 +194,15 @@ def all_commands(results: Results) -> list[str]:
     if summary.data != run.recipe.data:
         certify += ["--data", summary.data]
     attack = results.attack
-    attacks = [attack_command(run, [t], found) for t, found in attack.robust_accuracy.items()]
+    attacks = [attack_command(run, [t], found) for t, found in attack.all()]
     if attack.inside:
         attacks.append(attack_command(run, [], attack.inside))
+    if results.inequality is not None:
+        about = results.inequality.about
+        numbers = about | {"samples": str(len(results.inequality))}
+        names = ("steps", "restarts", "samples", "seed")
+        words = [word for n in names for word in (f"--{n}", numbers[n])]
+        attacks.append(shlex.join(["lipcert", "attack", folder, "--inequality", *words]))
     return [
         shlex.join(train),
         shlex.join(certify),

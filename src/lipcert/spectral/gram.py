@@ -20,7 +20,7 @@ DENSE_SIDE = 4096
 
 @dataclass(frozen=True)
 class Gram(Strategy):
-    """G_0 = A, G_(i+1) = G_i^T G_i; then ||A|| <= N(G_t)^(2^-t) for a norm N above the spectral one.
+    """G_0 = A, G_(i+1) = G_i^T G_i; ||A|| <= N(G_t)^(2^-t) for a norm N above the spectral one.
 
     N is the smallest of three: Frobenius; the largest row sum; and the bound of Wolkowicz and
     Styan from the trace and the trace of the square, which is exact where all singular values
@@ -81,5 +81,5 @@ class Gram(Strategy):
         bound = torch.stack([frobenius, row_sum, wolkowicz_styan]).amin(0)
         zero = bound == 0
         bound = bound.where(~zero, 1)
-        norm = (log / 2).exp() * bound ** (0.5 ** self.steps)
+        norm = (log / 2).exp() * bound ** (0.5**self.steps)
         return norm.where(~zero, 0).max()

@@ -54,7 +54,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor, fallback: Tensor | None) -> Tensor:
-    """x / ||x||; where that is 0/0, the fallback (or x) instead. No synchronisation."""
+    """The vector x / ||x||; where that is 0/0, the fallback (or x) instead. No synchronisation."""
     norm = _norm(x)
     ok = (norm > 0) & norm.isfinite()
     unit = x / norm.where(ok, 1)
