@@ -1,6 +1,6 @@
 """Writes docs/ops.md: every op with a rule, what it becomes, and its constant; and the refusals.
 
-    python docs/make_ops.py
+python docs/make_ops.py
 """
 
 import inspect

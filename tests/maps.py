@@ -8,20 +8,8 @@ import torch
 from hypothesis import strategies as st
 
 from lipcert.convolution import convolution
-from lipcert.linear_map import (
-    Add,
-    Composition,
-    Dense,
-    Generic,
-    Index,
-    LinearMap,
-    Matrix,
-    Scale,
-    Separable,
-    Stack,
-    identity,
-    zero,
-)
+from lipcert.linear_kinds import Dense, Index, Scale, Separable, identity, zero
+from lipcert.linear_map import Add, Composition, Generic, LinearMap, Matrix, Stack
 
 
 def live(*shape):

@@ -8,18 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipcert.convolution import Conv
-from lipcert.linear_map import (
-    Add,
-    Composition,
-    Dense,
-    Index,
-    LinearMap,
-    Scale,
-    Stack,
-    Transpose,
-    identity,
-    zero,
-)
+from lipcert.linear_kinds import Dense, Index, Scale, identity, zero
+from lipcert.linear_map import Add, Composition, LinearMap, Stack, Transpose
 from lipcert.simplify import simplify
 from maps import (
     cases,

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lipcert.convolution import convolution
 from lipcert.errors import LipcertError
 from lipcert.kinds import Constant, Kind, weakest
-from lipcert.linear_map import Dense, Generic, Matrix, Scale, Separable, identity
+from lipcert.linear_kinds import Dense, Scale, Separable, identity
+from lipcert.linear_map import Generic, Matrix
 from lipcert.simplify import simplify
 from lipcert.spectral import Auto, Exact, Fourier, Gram, Lanczos, PowerIteration
 from lipcert.spectral.fourier import as_convolution

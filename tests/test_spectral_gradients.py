@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lipcert.convolution import Conv
-from lipcert.linear_map import Dense, Matrix, Scale, Separable
+from lipcert.linear_kinds import Dense, Scale, Separable
+from lipcert.linear_map import Matrix
 from lipcert.spectral import Auto, Exact, Fourier, Gram, Lanczos, PowerIteration
 from lipcert.spectral.fourier import as_convolution
 from maps import (

@@ -13,6 +13,7 @@ _HOME = {
     "Auto": "lipcert.spectral",
     "Certificate": "lipcert.certificate",
     "Constant": "lipcert.kinds",
+    "Count": "lipcert.spectral",
     "Exact": "lipcert.spectral",
     "Fourier": "lipcert.spectral",
     "Gram": "lipcert.spectral",
@@ -20,6 +21,7 @@ _HOME = {
     "Lanczos": "lipcert.spectral",
     "LipcertError": "lipcert.errors",
     "MarginConstants": "lipcert.bounds",
+    "PowerBound": "lipcert.spectral",
     "PowerIteration": "lipcert.spectral",
     "Product": "lipcert.bounds",
     "average_certified_radius": "lipcert.certificate",
@@ -51,7 +53,16 @@ if TYPE_CHECKING:
     from lipcert.errors import LipcertError
     from lipcert.kinds import Constant, Kind
     from lipcert.rules import rule
-    from lipcert.spectral import Auto, Exact, Fourier, Gram, Lanczos, PowerIteration
+    from lipcert.spectral import (
+        Auto,
+        Count,
+        Exact,
+        Fourier,
+        Gram,
+        Lanczos,
+        PowerBound,
+        PowerIteration,
+    )
     from lipcert.tracing import trace
 
 

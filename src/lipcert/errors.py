@@ -4,6 +4,6 @@
 class LipcertError(ValueError):
     """Bad input or an unsupported request.
 
-    The message names what was wrong, where (module, file or value) and what to do about it. The command line prints
-    it without a traceback and exits with code 2.
+    The message names what was wrong, where (module, file or value) and what to do about it. The
+    command line prints it without a traceback and exits with code 2.
     """

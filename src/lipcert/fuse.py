@@ -7,7 +7,8 @@ its norm is exact.
 import torch
 
 from lipcert.graph import Affine, Concat, Node, Sum, topological
-from lipcert.linear_map import Add, Composition, LinearMap, Stack, identity
+from lipcert.linear_kinds import identity
+from lipcert.linear_map import Add, Composition, LinearMap, Stack
 from lipcert.simplify import simplify
 
 

@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from lipcert.convolution import Conv
-from lipcert.linear_map import (
-    Add,
-    Composition,
-    Dense,
-    Index,
-    LinearMap,
-    Scale,
-    Stack,
-    Transpose,
-)
+from lipcert.linear_kinds import Dense, Index, Scale
+from lipcert.linear_map import Add, Composition, LinearMap, Stack, Transpose
 
 
 def simplify(map: LinearMap) -> LinearMap:

@@ -17,7 +17,8 @@ from torch import Tensor
 from lipcert.bounds.margin import Bound, MarginConstants
 from lipcert.graph import Affine, Concat, Graph, Input, Lipschitz, Node, Slope, Sum
 from lipcert.kinds import Constant, Kind, weakest
-from lipcert.linear_map import Dense, LinearMap
+from lipcert.linear_kinds import Dense
+from lipcert.linear_map import LinearMap
 from lipcert.simplify import simplify
 from lipcert.spectral import Auto, Strategy
 
@@ -83,7 +84,8 @@ class Product(Bound):
     def per_output(self) -> Constant:
         """Lipschitz constants of the single logits; `value` has shape `(classes,)`."""
         ends = self._ends()
-        total = torch.zeros(self.graph.output.shape[0], dtype=torch.float64)
+        device = _device(self.graph)
+        total = torch.zeros(self.graph.output.shape[0], dtype=torch.float64, device=device)
         for length, rows in ends:
             size = 1 if rows is None else torch.linalg.vector_norm(rows, dim=1)
             total = total + length.value * size
@@ -117,7 +119,7 @@ class Product(Bound):
             if n in needed:
                 needed.update(n.inputs)
         layers: dict[Node, Layer] = {}
-        failure = 0.0
+        failure, device = 0.0, _device(self.graph)
         for n in self.graph:
             if n in needed:
                 gain = self._gain(n)
@@ -125,7 +127,8 @@ class Product(Bound):
                 parts = [*before, *([gain] if gain else [])]
                 kind = weakest(part.kind for part in parts)
                 failure += gain.failure if gain else 0.0  # the union over every norm so far
-                prefix = Constant(_combine(n, gain, before), kind, min(1.0, failure))
+                value = _combine(n, gain, before).to(device)
+                prefix = Constant(value, kind, min(1.0, failure))
                 layers[n] = Layer(n, gain, prefix)
         return layers
 
@@ -157,8 +160,12 @@ def _claim(ends: list[_End]) -> tuple[Kind, float]:
 
 def _full_precision(graph: Graph):
     """Autocast off: a constant is never computed in half precision."""
-    device = next((t.device.type for t in graph.model.parameters()), "cpu")
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(_device(graph).type, enabled=False)
+
+
+def _device(graph: Graph) -> torch.device:
+    """Where the weights lie; slopes and the norms of fixed maps are computed on the CPU."""
+    return next((t.device for t in graph.model.parameters()), torch.device("cpu"))
 
 
 def _combine(n: Node, gain: Constant | None, before: list[Constant]) -> Tensor:

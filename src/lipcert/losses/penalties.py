@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
-from lipcert.linear_map import Dense
+from lipcert.linear_kinds import Dense
 from lipcert.spectral import PowerIteration
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d

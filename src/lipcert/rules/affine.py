@@ -12,7 +12,8 @@ from lipcert.convolution import convolution
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Node
 from lipcert.layers import Normalize
-from lipcert.linear_map import Dense, LinearMap, Scale
+from lipcert.linear_kinds import Dense, Scale
+from lipcert.linear_map import LinearMap
 from lipcert.rules.registry import Live, attribute, live, rule
 from lipcert.rules.structural import copying
 

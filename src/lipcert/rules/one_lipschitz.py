@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lipcert.errors import LipcertError
 from lipcert.graph import Box, Concat, Lipschitz, Node, node, topological
 from lipcert.layers import MaxMin
-from lipcert.linear_map import Index, Shape
+from lipcert.linear_kinds import Index
+from lipcert.linear_map import Shape
 from lipcert.rules.affine import per_axis
 from lipcert.rules.registry import refuse, rule, rule_by_axes
 from lipcert.rules.structural import fixed

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Node
-from lipcert.linear_map import Separable
+from lipcert.linear_kinds import Separable
 from lipcert.rules.affine import per_axis
 from lipcert.rules.registry import rule, rule_by_axes
 from lipcert.rules.structural import copying, fixed

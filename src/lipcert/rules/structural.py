@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Concat, Node, Sum, node
-from lipcert.linear_map import Index, LinearMap, Scale, Shape, identity
+from lipcert.linear_kinds import Index, Scale, identity
+from lipcert.linear_map import LinearMap, Shape
 from lipcert.rules.registry import Key, Live, live, refuse, rule
 
 # Rules see batches of this size; two samples show whether an op keeps them apart.

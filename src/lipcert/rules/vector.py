@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Box, Lipschitz, Node, node
-from lipcert.linear_map import Separable
+from lipcert.linear_kinds import Separable
 from lipcert.rules.one_lipschitz import monotone
 from lipcert.rules.registry import rule
 from lipcert.rules.structural import BATCH, fixed

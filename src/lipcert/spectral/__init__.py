@@ -1,11 +1,23 @@
 """Strategies for the spectral norm of a linear map, one a file."""
 
 from lipcert.spectral.auto import Auto
+from lipcert.spectral.count import Count
 from lipcert.spectral.exact import Exact
 from lipcert.spectral.fourier import Fourier
 from lipcert.spectral.gram import Gram
 from lipcert.spectral.lanczos import Lanczos
+from lipcert.spectral.power_bound import PowerBound
 from lipcert.spectral.power_iteration import PowerIteration
 from lipcert.spectral.strategy import Strategy
 
-__all__ = ["Auto", "Exact", "Fourier", "Gram", "Lanczos", "PowerIteration", "Strategy"]
+__all__ = [
+    "Auto",
+    "Count",
+    "Exact",
+    "Fourier",
+    "Gram",
+    "Lanczos",
+    "PowerBound",
+    "PowerIteration",
+    "Strategy",
+]

@@ -1,13 +1,16 @@
 """The cheapest strategy that is a true upper bound, map by map."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from lipcert.errors import LipcertError
 from lipcert.kinds import Constant, Kind
-from lipcert.linear_map import Add, Composition, Dense, LinearMap, Matrix, Stack, Transpose
+from lipcert.linear_kinds import Dense
+from lipcert.linear_map import Add, Composition, LinearMap, Matrix, Stack, Transpose
 from lipcert.simplify import simplify
 from lipcert.spectral.exact import Exact, closed_form, without_isometries
 from lipcert.spectral.fourier import Fourier, as_convolution
@@ -36,11 +39,11 @@ class Auto(Strategy):
             case Transpose():
                 return self(map.inner)
             case Composition():
-                value = torch.stack([self(part).value for part in _groups(map)]).prod()
+                value = self._values(_groups(map)).prod()
             case Add():
-                value = torch.stack([self(term).value for term in map.terms]).sum()
+                value = self._values(map.terms).sum()
             case Stack():
-                value = torch.linalg.vector_norm(torch.stack([self(p).value for p in map.parts]))
+                value = torch.linalg.vector_norm(self._values(map.parts))
             case _:
                 raise LipcertError(
                     f"No affordable true bound for the {type(map).__name__} map {map.in_shape} -> "
@@ -48,6 +51,11 @@ class Auto(Strategy):
                     "its adjoint, and is an upper bound but for that probability."
                 )
         return Constant(value, self.kind)
+
+    def _values(self, parts: Sequence[LinearMap]) -> Tensor:
+        """The norms of the parts, on one device (fixed maps live on the CPU)."""
+        values = [self(part).value for part in parts]
+        return torch.stack([v.to(parts[0].like.device) for v in values])
 
 
 def _fits_exact(map: LinearMap) -> bool:

@@ -10,16 +10,8 @@ from torch import Tensor
 
 from lipcert.errors import LipcertError
 from lipcert.kinds import Constant, Kind
-from lipcert.linear_map import (
-    Composition,
-    Dense,
-    Index,
-    LinearMap,
-    Matrix,
-    Scale,
-    Separable,
-    Transpose,
-)
+from lipcert.linear_kinds import Dense, Index, Scale, Separable
+from lipcert.linear_map import Composition, LinearMap, Matrix, Transpose
 from lipcert.simplify import simplify
 from lipcert.spectral.strategy import Strategy, differentiable, wants_gradient
 

@@ -5,9 +5,9 @@ an eigenvector of m, l' and l the last two values of |M x|. The mass along that 
 falls from step to step, and l^2 l'^2 - l'^4 is a variance of the spectrum as x sees it, so
   (m - l')^2 <= n |l - l'| l' / 2,
 which is the tight form m <= l' + sqrt(n |l - l'| l' / 2). The paper adds to l the root e of
-e^2 = n |l - l'| (l + e) instead, which is larger. For a start uniform on the sphere the density of a
-is at most sqrt((n - 1) / (2 pi)) (n >= 3), so a^2 < 1 / n with probability at most sqrt(2 / pi), and
-all starts fail with that to the power of their number.
+e^2 = n |l - l'| (l + e) instead, which is larger. For a start uniform on the sphere the density of
+a is at most sqrt((n - 1) / (2 pi)) (n >= 3), so a^2 < 1 / n with probability at most sqrt(2 / pi),
+and all starts fail with that to the power of their number.
 
 Reference: arXiv 1802.04034, appendix on the computation of spectral norms; Friedman 1998.
 """
