@@ -14,6 +14,7 @@ from common import save
 from torch import nn
 
 import lipcert as lc
+from lipcert.spectral import Strategy
 from lipcert.wide_resnet import WideResNet
 
 SHAPE = (3, 32, 32)
@@ -33,7 +34,7 @@ def network(widen: int, blocks: int) -> WideResNet:
     return net.eval()
 
 
-def strategy(norm: lc.spectral.Strategy) -> Norm:
+def strategy(norm: Strategy) -> Norm:
     """The norm of an affine module on a shape."""
     return lambda module, shape: float(lc.spectral_norm(module, shape, norm))
 
@@ -103,7 +104,7 @@ def constants(widen: int, blocks: int) -> dict:
     if not exact <= check * (1 + 1e-9):
         raise RuntimeError(f"Product gives {exact}, the recursion over its own norms {check}")
     return {
-        "L_sub": {name: round(value, 4 - len(str(int(value)))) for name, value in found.items()},
+        "L_sub": {name: float(f"{value:.5g}") for name, value in found.items()},
         "ratio_to_ours": {name: round(value / exact, 2) for name, value in found.items()},
         "recursion_merged_operators": round(check, 2),
         "seconds_trace_and_bound": round(seconds, 2),

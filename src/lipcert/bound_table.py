@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipcert.adversary import lower_bound
-from lipcert.bounds import Bound, Product
+from lipcert.bounds import Bound, Layer, Product
 from lipcert.graph import Graph, Node
 
 
@@ -79,9 +79,8 @@ def bound_table(
     bound = Product(graph)
     with torch.no_grad():
         begin = time.perf_counter()
-        layers = bound.layers()
+        layers, pairs = _evaluated(bound)
         whole = layers[-1].prefix
-        pairs = _pairs(bound)
         seconds = time.perf_counter() - begin
     sampled = {n.node: _sampled(graph, n.node, x, steps) for n in layers}
     loose = {n.node: math.log(_ratio(float(n.prefix), sampled[n.node])) for n in layers}
@@ -103,13 +102,14 @@ def bound_table(
     )
 
 
-def _pairs(bound: Bound) -> Tensor | None:
-    """The constants of all pairs of classes; None if the output is no vector of logits."""
+def _evaluated(bound: Product) -> tuple[list[Layer], Tensor | None]:
+    """The layers, and the constants of all pairs; None if the output is no vector of logits."""
     shape = bound.graph.output.shape
     if len(shape) != 1 or shape[0] < 2:
-        return None
-    dense = bound().dense()[0]
-    return dense[~torch.eye(len(dense), dtype=torch.bool)]
+        return bound.layers(), None
+    layers, margins = bound.explained()
+    dense = margins.dense()[0]
+    return layers, dense[~torch.eye(len(dense), dtype=torch.bool, device=dense.device)]
 
 
 def _ratio(bound: float, sampled: float) -> float:

@@ -1,5 +1,6 @@
 """Results as tables on the terminal."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,13 +43,17 @@ def list_recipes(recipes: Sequence[Recipe]) -> None:
 
 def show_recipe(recipe: Recipe) -> None:
     """One recipe with its settings and published numbers."""
-    table = Table("setting", "value", title=f"{recipe.name}: {recipe.summary}")
+    title = f"{recipe.name}: {recipe.summary}"
+    table = Table("setting", "value", title=title, title_justify="left")
     for name, value in settings(recipe).items():
         table.add_row(name, str(value))
     table.add_row("loss", f"{recipe.loss.__name__} {dict(recipe.loss_options) or ''}")  # type: ignore[attr-defined]
     table.add_row("eps schedule", repr(recipe.eps_schedule))
     table.add_row("learning-rate schedule", repr(recipe.learning_rate_schedule))
     table.add_row("radii", ", ".join(recipe.radii))
+    for name in ("penalties", "perturb", "after_step"):
+        if part := getattr(recipe, name):
+            table.add_row(name.replace("_", " "), _described(part))
     _print(table)
     if not recipe.published:
         _print("No published numbers: a recipe of ours.")
@@ -57,6 +62,16 @@ def show_recipe(recipe: Recipe) -> None:
     for p in recipe.published:
         published.add_row(p.what, f"{p.value:g}", p.source, p.certainty)
     _print(published)
+
+
+def _described(part: Any) -> str:
+    """A function of a recipe, or several, by name."""
+    if isinstance(part, tuple):
+        return ", ".join(_described(p) for p in part)
+    if isinstance(part, functools.partial):
+        options = ", ".join(f"{k}={v}" for k, v in part.keywords.items())
+        return f"{_described(part.func)}({options})"
+    return getattr(part, "__name__", repr(part))
 
 
 def show_training(last: dict[str, Any]) -> None:
@@ -111,8 +126,8 @@ def show_summary(summary: dict[str, Any], attack: dict[str, Any] | None = None) 
     estimate = summary["kind"] == Kind.ESTIMATE
     what = "ESTIMATED accuracy (no certificate)" if estimate else "certified accuracy"
     table = _table(
-        f"{summary['recipe']} on {summary['data']}, {summary['samples']} samples of the split "
-        f"{summary['split']}; kind: {summary['kind']}, bound: {summary['bound']}",
+        f"{summary['recipe']}: {summary['data']}, {summary['split']}, {summary['samples']} samples"
+        f"\nkind {summary['kind']}, bound {summary['bound']}",
         *("L2 radius", what, "accuracy under attack"),
     )
     attacked = (attack or {}).get("robust_accuracy", {})

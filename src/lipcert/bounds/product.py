@@ -65,9 +65,9 @@ class Product(Bound):
 
     def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
         """The constants of all pairs; `x` is not looked at."""
-        classes = self.classes
-        ends = self._ends()
+        return self._margins(self.classes, self._ends())
 
+    def _margins(self, classes: int, ends: list[_End]) -> MarginConstants:
         def row(wanted: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
             terms = [
                 _distances(rows, wanted, classes, length.value) * length.value
@@ -102,14 +102,19 @@ class Product(Bound):
         with _full_precision(self.graph):
             return list(self._sweep([self.graph.output]).values())
 
-    def _ends(self) -> list[_End]:
+    def explained(self) -> tuple[list[Layer], MarginConstants]:
+        """`layers()` and the constants of all pairs, every norm computed once."""
+        classes, layers = self.classes, self.layers()
+        ends = self._ends({layer.node: layer for layer in layers})
+        return layers, self._margins(classes, ends)
+
+    def _ends(self, reached: dict[Node, Layer] | None = None) -> list[_End]:
         """For each term of the output: the bound of what feeds it, and the rows of its map."""
         with _full_precision(self.graph):
             tail = _tail(self.graph.output)
-            reached = self._sweep([source for _, source in tail])
+            swept = reached or self._sweep([source for _, source in tail])
             return [
-                (reached[source].prefix, None if map is None else _rows(map))
-                for map, source in tail
+                (swept[source].prefix, None if map is None else _rows(map)) for map, source in tail
             ]
 
     def _sweep(self, targets: list[Node]) -> dict[Node, Layer]:
