@@ -167,7 +167,7 @@ def test_the_count_bound_holds(build):
 
 @pytest.mark.parametrize("name", ["2d, leftover row", "dilated", "circular, stride 2", "grouped"])
 def test_the_count_is_that_of_a_kernel_of_ones(name):
-    """Each window of ones sums its cells; the largest entry of the unfolding's Gram is the count."""
+    """The count is the largest entry of the unfolding's Gram, which is diagonal."""
     conv = CONVS[name]()
     weight = torch.zeros_like(conv.weight)
     weight[0] = 1

@@ -1,8 +1,9 @@
 """The table of rules: one function per op, found by exact class, function or method name."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,6 +75,16 @@ def reason(key: Key) -> str:
     """Why there is no rule, and what to do."""
     default = "no rule; write one with @lipcert.rule if you know its Lipschitz constant"
     return _REASONS.get(key, default)
+
+
+def rules() -> Mapping[Key, Rule]:
+    """Every rule by its key, in the order of declaration; a view that cannot be written to."""
+    return MappingProxyType(_RULES)
+
+
+def refusals() -> Mapping[Key, str]:
+    """Every stated reason by its key; a view that cannot be written to."""
+    return MappingProxyType(_REASONS)
 
 
 def module_key(module: nn.Module) -> type[nn.Module]:
