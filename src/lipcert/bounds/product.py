@@ -206,10 +206,10 @@ def _tail(output: Node) -> list[tuple[LinearMap | None, Node]]:
 
 def _rows(map: LinearMap) -> Float[Tensor, "classes n"]:
     """The rows of the map's matrix."""
-    map = simplify(map)
+    map = simplify(map.to(torch.float64))
     if isinstance(map, Dense) and len(map.in_shape) == 1:
         return map.weight
-    basis = torch.eye(map.out_size, dtype=map.like.dtype, device=map.like.device)
+    basis = torch.eye(map.out_size, dtype=torch.float64, device=map.like.device)
     return map.adjoint(basis.reshape(-1, *map.out_shape)).flatten(1)
 
 
