@@ -269,3 +269,9 @@ def test_slopes_of_a_net_match_its_jacobians():
 
 def test_a_constant_function_has_slope_zero():
     assert not lower_bound(lambda x: 0 * x, torch.rand(3, 4)).any()
+
+
+def test_the_lower_bound_of_a_function_with_one_number_a_sample():
+    weight = torch.randn(5)
+    slopes = lower_bound(lambda x: x @ weight, torch.rand(3, 5))
+    torch.testing.assert_close(slopes, weight.norm().expand(3))
