@@ -1,6 +1,7 @@
 """The public names: all there, listed for type checkers too, and imported when first used."""
 
 import ast
+import contextlib
 import importlib
 import pkgutil
 import subprocess
@@ -8,9 +9,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import config
 from torch import nn
 
 import lipcert as lc
+
+
+@contextlib.contextmanager
+def jaxtyping_off():
+    """As users run the library: annotations are not checked."""
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("name", lc.__all__)
@@ -46,3 +59,24 @@ def test_importing_the_package_imports_nothing_slow():
     code = "import lipcert, sys; print(*({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("call", "advice"),
+    [
+        (lambda net, graph, x: lc.Product(net), "lc.trace"),
+        (lambda net, graph, x: lc.Product(graph, norm=lc.Exact), "lc.Auto()"),
+        (lambda net, graph, x: lc.certify(net, x, bound=3.0), "lc.Product"),
+        (lambda net, graph, x: lc.certify(net, x.byte(), bound=lc.Product(graph)), "255"),
+        (lambda net, graph, x: lc.trace("net", (3,)), "Module"),
+        (
+            lambda net, graph, x: lc.certify(net, x, bound=lc.Product(graph)).robust_at("1/2"),
+            "positive finite number",
+        ),
+    ],
+)
+def test_the_usual_slips_get_advice(call, advice):
+    net = nn.Linear(3, 2)
+    with jaxtyping_off(), pytest.raises(lc.LipcertError) as caught:
+        call(net, lc.trace(net, (3,)), torch.rand(4, 3))
+    assert advice in str(caught.value)

@@ -209,7 +209,7 @@ def test_attacks_that_cannot_be_run_are_refused(run_folder, capsys, monkeypatch)
     assert "--eps" in refused(capsys, "attack", run_folder, "--attack", "cw")
     monkeypatch.setitem(sys.modules, "foolbox", None)
     message = refused(capsys, "attack", run_folder, "--attack", "cw", "--eps", "0.5")
-    assert "pip install 'lipcert[attacks]'" in message
+    assert "pip install -e '.[attacks]'" in message
 
 
 def test_recipes_are_listed_and_shown(capsys):
@@ -243,6 +243,8 @@ def test_a_network_of_ones_own(tmp_path, capsys, monkeypatch):
         "def make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5))\n"
         "def attention():\n    return nn.MultiheadAttention(4, 2)\n"
         "def nothing():\n    return 3\n"
+        "def needs(a):\n    return a\n"
+        "here = make()\n"
     )
     assert call("bound", "mynet:make", "--input-shape", "3,2,2", "--json") == 0
     (table,) = json.loads(capsys.readouterr().out)
@@ -252,6 +254,9 @@ def test_a_network_of_ones_own(tmp_path, capsys, monkeypatch):
     assert "shape" in refused(capsys, "bound", "mynet:make", "--input-shape", "3,2,3")
     assert "nosuch" in refused(capsys, "bound", "mynet:nosuch", "--input-shape", "3,2,2")
     assert "Module" in refused(capsys, "bound", "mynet:nothing", "--input-shape", "3,2,2")
+    assert call("bound", "mynet:here", "--input-shape", "3,2,2", "--json") == 0
+    capsys.readouterr()
+    assert "needs" in refused(capsys, "bound", "mynet:needs", "--input-shape", "3,2,2")
     assert "weights" in refused(
         capsys, "bound", "mynet:make", "--input-shape", "3,2,2", "--weights", "none.safetensors"
     )
@@ -280,6 +285,11 @@ def test_bad_input_is_refused_before_any_work(words, part, capsys, tmp_path, mon
 def test_a_bad_radius_is_refused(eps, capsys, run_folder):
     assert "eps" in refused(capsys, "certify", run_folder, "--eps", eps)
     assert "eps" in refused(capsys, "attack", run_folder, "--eps", eps)
+
+
+def test_what_does_not_go_with_a_run_is_refused(capsys, run_folder, tmp_path):
+    assert "is a run" in refused(capsys, "bound", run_folder, "--weights", "w.safetensors")
+    assert "no folder" in refused(capsys, "certify", run_folder, "--out", tmp_path / "no" / "x")
 
 
 def test_an_unknown_bound_is_refused(capsys, run_folder):

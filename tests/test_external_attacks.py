@@ -94,7 +94,7 @@ def test_autoattack_repeats_itself():
 def test_a_missing_extra_is_named_with_the_line_that_installs_it(attack, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     assert not installed(package)
-    with pytest.raises(LipcertError, match=r"pip install 'lipcert\[attacks\]'") as caught:
+    with pytest.raises(LipcertError, match=r"pip install -e '.\[attacks\]'") as caught:
         attack(*half_spaces(3))
     assert package in str(caught.value)
 

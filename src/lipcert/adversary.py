@@ -245,7 +245,7 @@ def _unit(
 
 def _norms(x: Tensor) -> Float[Tensor, "b"]:
     """L2 norm of every sample."""
-    return x.reshape(len(x), -1).norm(dim=1)
+    return (x[:, None] if x.ndim == 1 else x.flatten(1)).norm(dim=1)
 
 
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class LayerRow:
         gain: The layer's own constant (None for sums and the like).
         prefix: Bound from the input up to and including the layer.
         sampled: Largest Jacobian norm seen up to there: the true constant is at least this.
-        share: Part of the whole looseness (on a log scale) that this layer adds.
+        share: Part of the looseness added anywhere (on a log scale) that this layer adds; 0 where
+            the bound becomes less loose, as it can at sums.
     """
 
     name: str
@@ -84,16 +85,14 @@ def bound_table(
         seconds = time.perf_counter() - begin
     sampled = {n.node: _sampled(graph, n.node, x, steps) for n in layers}
     loose = {n.node: math.log(_ratio(float(n.prefix), sampled[n.node])) for n in layers}
-    total = loose[graph.output]
+    nodes = [layer.node for layer in layers[1:]]
+    added = {n: max(0.0, loose[n] - max(loose[i] for i in n.inputs)) for n in nodes}
+    total = sum(added.values()) or 1.0
     rows = []
     for layer in layers[1:]:
-        n = layer.node
-        added = loose[n] - max(loose[i] for i in n.inputs)
-        gain = None if layer.gain is None else float(layer.gain)
-        share = added / total if total > 0 else 0.0
-        rows.append(
-            LayerRow(n.name, type(n.op).__name__, gain, float(layer.prefix), sampled[n], share)
-        )
+        n, gain = layer.node, None if layer.gain is None else float(layer.gain)
+        place = n.name, type(n.op).__name__
+        rows.append(LayerRow(*place, gain, float(layer.prefix), sampled[n], added[n] / total))
     ends = (None,) * 3 if pairs is None else (pairs.min(), pairs.median(), pairs.max())
     low, middle, high = (None if e is None else float(e) for e in ends)
     return BoundTable(

@@ -62,8 +62,9 @@ def check_radius(eps: float) -> float:
     Raises:
         LipcertError: eps is not a positive finite number.
     """
-    if not (eps > 0 and math.isfinite(eps)):
-        raise LipcertError(f"eps = {eps}: a radius must be a positive finite number, e.g. 36/255.")
+    number = isinstance(eps, int | float)
+    if not (number and eps > 0 and math.isfinite(eps)):
+        raise LipcertError(f"eps = {eps!r}: a radius must be a positive finite number, e.g. 36/255.")
     return float(eps)
 
 
@@ -95,6 +96,10 @@ def certify(
         LipcertError: The bound is an estimate; it was traced from another network, or the network
             changed since; NaN weights; wrong shape or precision of the inputs.
     """
+    if not isinstance(bound, Bound):
+        raise LipcertError(
+            f"bound={bound!r:.60} is no bound; give e.g. lc.Product(lc.trace(net, input_shape))."
+        )
     bound.graph.check(net)
     _check_inputs(bound, x, batch_size)
     modes = {module: module.training for module in net.modules()}
@@ -157,6 +162,11 @@ def _check_inputs(bound: Bound, x: Tensor, batch_size: int) -> None:
         raise LipcertError(
             f"The inputs have shape {tuple(x.shape)}; the bound was traced for (n, "
             f"{', '.join(map(str, bound.graph.input_shape))})."
+        )
+    if not x.is_floating_point():
+        raise LipcertError(
+            f"The inputs are {x.dtype}; certify in the units of the network's input, e.g. pixels "
+            "in [0, 1]: x.float() / 255."
         )
     if len(x) == 0:
         raise LipcertError("There are no samples to certify.")

@@ -129,6 +129,11 @@ def bound(
         like = next(net.parameters(), x)
         x = x.to(like.device, like.dtype)
     else:
+        if weights is not None or input_shape is not None:
+            raise LipcertError(
+                f"--weights and --input-shape go with package.module:function; {target} is a run, "
+                "which has its own."
+            )
         run, net, graph = open_trained(Path(target), device)
         data = load(run.recipe.data, Split.EVALUATION)
         x = data.pixels(slice(SAMPLED), device)
@@ -155,8 +160,15 @@ def certify(
 ) -> None:
     """`lipcert certify`."""
     name = bound_name(bound)
+    if out is not None and not out.parent.is_dir():
+        raise LipcertError(f"--out {out}: there is no folder {out.parent}.")
     run, net, graph = open_trained(folder, device)
     data = load(data_source or run.recipe.data, Split.EVALUATION)
+    if tuple(data.images.shape[1:]) != graph.input_shape:
+        raise LipcertError(
+            f"{data.source} has images of shape {tuple(data.images.shape[1:])}; the network of "
+            f"{folder} takes {graph.input_shape}."
+        )
     summary = _certify(run, net, graph, data, name, tuple(eps) or run.recipe.radii, batch_size)
     if out is not None:
         write_atomically(out, run.path("certificates.parquet").read_bytes())

@@ -145,7 +145,7 @@ def _extra(package: str) -> ModuleType:
     except ImportError as error:
         raise LipcertError(
             f"This attack needs the package {package} ({error}). Install the extra: "
-            "pip install 'lipcert[attacks]'"
+            "pip install -e '.[attacks]'"
         ) from None
 
 

@@ -108,7 +108,7 @@ def record(model: nn.Module, shape: Shape) -> Recording:
         what = next(iter(str(error).splitlines()), type(error).__name__)
         raise LipcertError(
             f"The network does not run on an input of shape {shape}{_user_frame(error)}: "
-            f"{what} Check input_shape (one sample, without the batch)."
+            f"{what.rstrip('.')}. Check input_shape (one sample, without the batch)."
         ) from error
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lipcert.bound_table import BoundTable
 from lipcert.kinds import Kind
@@ -21,7 +21,8 @@ def _print(*things: Any) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place == 0 else "right")
+        justify: Any = "left" if place == 0 else "right"
+        table.add_column(column, justify=justify, overflow="fold")
     return table
 
 
@@ -35,7 +36,7 @@ def _number(value: float | None) -> str:
 
 def list_recipes(recipes: Sequence[Recipe]) -> None:
     """One line a recipe."""
-    table = Table("recipe", "data", "what it is")
+    table = Table(Column("recipe", no_wrap=True), "data", "what it is")
     for recipe in recipes:
         table.add_row(recipe.name, recipe.data, recipe.summary)
     _print(table)

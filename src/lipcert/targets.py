@@ -63,7 +63,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def make_network(target: str) -> nn.Module:
-    """The network that "package.module:function" makes."""
+    """The network that "package.module:function" names or makes."""
     module_name, _, function = target.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -73,7 +73,15 @@ def make_network(target: str) -> nn.Module:
             f"{target}: {error}. Give a run directory, or package.module:function where the "
             "function returns a network; the current folder is on the path."
         ) from None
-    net = make()
+    if isinstance(make, nn.Module):
+        return make
+    try:
+        net = make()
+    except Exception as error:
+        raise LipcertError(
+            f"{target}() failed: {type(error).__name__}: {error}. It must be a network, or a "
+            "function without arguments that returns one."
+        ) from error
     if not isinstance(net, nn.Module):
         raise LipcertError(f"{target}() returned {type(net).__name__}, not a torch.nn.Module.")
     return net

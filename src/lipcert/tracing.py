@@ -34,11 +34,14 @@ def trace(model: nn.Module, input_shape: Shape) -> Graph:
         LipcertError: Ops without a rule (all of them are listed, each with its place, the reason
             and what to do), control flow that depends on the data, or a wrong input shape.
     """
+    if not isinstance(model, nn.Module):
+        raise LipcertError(f"trace takes a torch.nn.Module, not a {type(model).__name__}.")
     model = unwrap(model)
-    shape = tuple(int(n) for n in input_shape)
+    whole = (input_shape,) if isinstance(input_shape, int) else input_shape
+    shape = tuple(int(n) for n in whole)
     if not shape or min(shape) < 1:
         raise LipcertError(
-            f"input_shape={tuple(input_shape)}: give the shape of one sample without the batch, "
+            f"input_shape={input_shape}: give the shape of one sample without the batch, "
             "such as (1, 28, 28)."
         )
     modes = {module: module.training for module in model.modules()}
@@ -118,6 +121,8 @@ class _Lowering:
             return self._offend(n, str(error))
         except (TypeError, AttributeError, LookupError, RuntimeError, ValueError) as error:
             return self._offend(n, f"called in a way its rule does not know ({error})")
+        if not _nodes_in(result):
+            return self._offend(n, f"its rule returned {type(result).__name__}, which is no node")
         for found, value in _pairs(result, n.meta["value"]):
             if found.shape != tuple(value.shape[1:]):
                 wrong = f"its rule gives the shape {found.shape}, not {tuple(value.shape[1:])}"

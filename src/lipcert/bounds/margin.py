@@ -57,6 +57,10 @@ class Bound(nn.Module):
     local = False
 
     def __init__(self, graph: Graph):
+        if not isinstance(graph, Graph):
+            raise LipcertError(
+                f"A bound takes a graph, not a {type(graph).__name__}: lc.trace(net, input_shape)."
+            )
         super().__init__()
         self.graph = graph
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lipcert.bounds.margin import Bound, MarginConstants
+from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Concat, Graph, Input, Lipschitz, Node, Slope, Sum
 from lipcert.kinds import Constant, Kind, weakest
 from lipcert.linear_kinds import Dense
@@ -54,6 +55,10 @@ class Product(Bound):
     def __init__(self, graph: Graph, norm: Strategy | None = None):
         super().__init__(graph)
         self.norm = Auto() if norm is None else norm
+        if not isinstance(self.norm, Strategy):
+            raise LipcertError(
+                f"norm={norm!r} is no strategy; give one as a value, e.g. norm=lc.Auto()."
+            )
         self._buffer_of: dict[Node, str] = {}
         for place, n in enumerate(graph):
             if isinstance(n.op, Affine):
