@@ -32,7 +32,7 @@ _SMALLEST = 3  # sides below have no such density
 class PowerBound(Strategy):
     """Power iteration in float64 plus its error term; the largest over the starts.
 
-    `Lanczos` gives tighter bounds at a fraction of the cost; this one is there to compare.
+    `Lanczos` costs a fraction of it at about a percent of slack; this one is there to compare.
 
     Attributes:
         starts: Random starts; the failure probability is at most 0.798 to this power.
