@@ -2,7 +2,9 @@
 
 import importlib
 import sys
+from enum import StrEnum
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +17,8 @@ from lipcert.graph import Graph
 from lipcert.linear_map import Shape
 from lipcert.run import Run
 from lipcert.tracing import trace
+
+Name = TypeVar("Name", bound=StrEnum)
 
 
 def check_device(device: str) -> None:
@@ -37,20 +41,20 @@ def open_trained(folder: Path, device: str) -> tuple[Run, nn.Module, Graph]:
 
 def bound_name(name: str) -> BoundName:
     """The bound of this name."""
-    try:
-        return BoundName(name)
-    except ValueError:
-        known = ", ".join(BoundName)
-        raise LipcertError(f"There is no bound {name!r}. Bounds: {known}.") from None
+    return _member(BoundName, name, "bound")
 
 
 def attack_name(name: str) -> AttackName:
     """The attack of this name."""
+    return _member(AttackName, name, "attack")
+
+
+def _member(names: type[Name], name: str, what: str) -> Name:
     try:
-        return AttackName(name)
+        return names(name)
     except ValueError:
-        known = ", ".join(AttackName)
-        raise LipcertError(f"There is no attack {name!r}. Attacks: {known}.") from None
+        known = ", ".join(names)
+        raise LipcertError(f"There is no {what} {name!r}. {what.title()}s: {known}.") from None
 
 
 def parse_shape(text: str) -> Shape:

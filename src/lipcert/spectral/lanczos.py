@@ -35,7 +35,7 @@ class Lanczos(Strategy):
 
     Attributes:
         failure: Probability that the value is below the norm.
-        steps: Applications of the map and its adjoint. 100 steps cost about 1.5 % of slack at
+        steps: Applications of the map and its adjoint. 100 steps cost about 1 % of slack at
             n = 10,000 and failure 1e-9; the slack falls with the square of the steps.
     """
 
