@@ -93,7 +93,7 @@ SINGLE = {
     "scale by a number": lambda: Scale((3, 2), (3, 2), live()),
     "scale in space": lambda: Scale((2, 3), (2, 3), live(2, 3)),
     "identity": lambda: identity((2, 3)),
-    "zero": lambda: zero(identity((2, 3))),
+    "zero": lambda: zero((2, 3), (2, 3)),
     "reshape": lambda: index((2, 3), torch.arange(6).reshape(3, 2)),
     "permutation": lambda: index((2, 3), torch.arange(6).reshape(2, 3).mT.flip(0)),
     "copies and gaps": lambda: index((2, 2), [[0, -1, 3], [3, 3, 1]]),

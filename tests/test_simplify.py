@@ -185,7 +185,7 @@ TO_ONE = {
         lambda: stack(
             index((2, 2), [[0, -1], [3, 3]]),
             chain(identity((2, 2)), index((2, 2), [1, 2])),
-            zero(identity((2, 2))),
+            zero((2, 2), (2, 2)),
         ),
     ),
 }

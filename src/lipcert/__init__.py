@@ -19,6 +19,7 @@ _HOME = {
     "Gram": "lipcert.spectral",
     "Kind": "lipcert.kinds",
     "Lanczos": "lipcert.spectral",
+    "LipLT": "lipcert.bounds",
     "LipcertError": "lipcert.errors",
     "MarginConstants": "lipcert.bounds",
     "PowerBound": "lipcert.spectral",
@@ -41,7 +42,7 @@ __all__ = sorted([*_HOME, *_MODULES, "__version__"])
 if TYPE_CHECKING:
     from lipcert import data, graph, layers, losses, models, recipes, schedules
     from lipcert.adversary import pgd
-    from lipcert.bounds import MarginConstants, Product
+    from lipcert.bounds import LipLT, MarginConstants, Product
     from lipcert.certificate import (
         Certificate,
         average_certified_radius,

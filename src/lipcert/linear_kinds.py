@@ -78,7 +78,7 @@ class Index(LinearMap):
         return sums[:, :-1].reshape(-1, *self.in_shape)
 
     def split(self) -> tuple[LinearMap, LinearMap]:
-        return self, zero(self)
+        return self, zero(self.in_shape, self.out_shape)
 
     def copies(self) -> Int[Tensor, " in"]:
         """How often each input is read."""
@@ -91,9 +91,9 @@ def identity(shape: Shape) -> Index:
     return Index(shape, shape, torch.arange(math.prod(shape)).reshape(shape))
 
 
-def zero(like: LinearMap) -> Index:
-    """The zero map between the shapes of another map."""
-    return Index(like.in_shape, like.out_shape, torch.full(like.out_shape, -1))
+def zero(in_shape: Shape, out_shape: Shape) -> Index:
+    """The zero map between two shapes."""
+    return Index(in_shape, out_shape, torch.full(out_shape, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ class Separable(LinearMap):
                 term = dataclasses.replace(self, matrices=matrices)
                 halves[sum(negative for negative, _ in choice) % 2].append(term)
         positive, negative = (
-            Add(self.in_shape, self.out_shape, tuple(half)) if half else zero(self)
+            Add(self.in_shape, self.out_shape, tuple(half)) if half else zero(self.in_shape, self.out_shape)
             for half in halves
         )
         return positive, negative

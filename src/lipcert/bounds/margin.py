@@ -82,3 +82,13 @@ class Bound(nn.Module):
                 f"{shape}. For its Lipschitz constant alone use lc.lipschitz(net, input_shape)."
             )
         return shape[0]
+
+
+def full_precision(graph: Graph) -> torch.autocast:
+    """Autocast off: a constant is never computed in half precision."""
+    return torch.autocast(device_of(graph).type, enabled=False)
+
+
+def device_of(graph: Graph) -> torch.device:
+    """Where the weights lie; slopes and the norms of fixed maps are computed on the CPU."""
+    return next((t.device for t in graph.model.parameters()), torch.device("cpu"))

@@ -7,14 +7,15 @@ last affine piece W exactly: K_ij = L |W_i - W_j| with L the bound of what feeds
 Reference: arXiv 1802.04034 (LMT), Propositions 1 and 2; arXiv 2102.08452 (GloRo).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from lipcert.bounds.margin import Bound, MarginConstants
+from lipcert.bounds.ends import End, margins, single_logits
+from lipcert.bounds.margin import Bound, MarginConstants, device_of, full_precision
+from lipcert.bounds.slopes import steepest
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Concat, Graph, Input, Lipschitz, Node, Slope, Sum
 from lipcert.kinds import Constant, Kind, weakest
@@ -37,9 +38,6 @@ class Layer:
     node: Node
     gain: Constant | None
     prefix: Constant
-
-
-_End = tuple[Constant, Tensor | None]
 
 
 class Product(Bound):
@@ -70,17 +68,7 @@ class Product(Bound):
 
     def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
         """The constants of all pairs; `x` is not looked at."""
-        return self._margins(self.classes, self._ends())
-
-    def _margins(self, classes: int, ends: list[_End]) -> MarginConstants:
-        def row(wanted: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
-            terms = [
-                _distances(rows, wanted, classes, length.value) * length.value
-                for length, rows in ends
-            ]
-            return torch.stack(terms).sum(0)
-
-        return MarginConstants(row, classes, *_claim(ends))
+        return margins(self.classes, self._ends())
 
     def lipschitz(self) -> Constant:
         """A Lipschitz constant of the whole output vector."""
@@ -88,38 +76,33 @@ class Product(Bound):
 
     def per_output(self) -> Constant:
         """Lipschitz constants of the single logits; `value` has shape `(classes,)`."""
-        ends = self._ends()
-        device = _device(self.graph)
-        total = torch.zeros(self.graph.output.shape[0], dtype=torch.float64, device=device)
-        for length, rows in ends:
-            size = 1 if rows is None else torch.linalg.vector_norm(rows, dim=1)
-            total = total + length.value * size
-        return Constant(total, *_claim(ends))
+        return single_logits(self.graph.output.shape[0], self._ends())
 
     def prefix(self, upto: Node | str) -> Constant:
         """A Lipschitz constant of the function from the input to a node (or its name)."""
         target = self.graph.node(upto) if isinstance(upto, str) else upto
-        with _full_precision(self.graph):
+        with full_precision(self.graph):
             return self._sweep([target])[target].prefix
 
     def layers(self) -> list[Layer]:
         """Every node with its own constant and the bound up to it."""
-        with _full_precision(self.graph):
+        with full_precision(self.graph):
             return list(self._sweep([self.graph.output]).values())
 
     def explained(self) -> tuple[list[Layer], MarginConstants]:
         """`layers()` and the constants of all pairs, every norm computed once."""
         classes, layers = self.classes, self.layers()
         ends = self._ends({layer.node: layer for layer in layers})
-        return layers, self._margins(classes, ends)
+        return layers, margins(classes, ends)
 
-    def _ends(self, reached: dict[Node, Layer] | None = None) -> list[_End]:
+    def _ends(self, reached: dict[Node, Layer] | None = None) -> list[End]:
         """For each term of the output: the bound of what feeds it, and the rows of its map."""
-        with _full_precision(self.graph):
+        with full_precision(self.graph):
             tail = _tail(self.graph.output)
             swept = reached or self._sweep([source for _, source in tail])
             return [
-                (swept[source].prefix, None if map is None else _rows(map)) for map, source in tail
+                End(swept[source].prefix, None if map is None else _rows(map))
+                for map, source in tail
             ]
 
     def _sweep(self, targets: list[Node]) -> dict[Node, Layer]:
@@ -129,7 +112,7 @@ class Product(Bound):
             if n in needed:
                 needed.update(n.inputs)
         layers: dict[Node, Layer] = {}
-        failure, device = 0.0, _device(self.graph)
+        failure, device = 0.0, device_of(self.graph)
         for n in self.graph:
             if n in needed:
                 gain = self._gain(n)
@@ -146,8 +129,8 @@ class Product(Bound):
         match n.op:
             case Affine(map=map):
                 return self._spectral_norm(n, map())
-            case Slope(secants=secants):
-                return Constant(_steepest(secants, n.shape), Kind.UPPER)
+            case Slope():
+                return Constant(steepest(n), Kind.UPPER)
             case Lipschitz(constant=constant, kind=kind):
                 return Constant(torch.as_tensor(constant(), dtype=torch.float64), kind)
             case _:
@@ -163,21 +146,6 @@ class Product(Bound):
         return constant
 
 
-def _claim(ends: list[_End]) -> tuple[Kind, float]:
-    """Kind and failure probability of a result; the last bound swept has counted every norm."""
-    return weakest(length.kind for length, _ in ends), max(length.failure for length, _ in ends)
-
-
-def _full_precision(graph: Graph):
-    """Autocast off: a constant is never computed in half precision."""
-    return torch.autocast(_device(graph).type, enabled=False)
-
-
-def _device(graph: Graph) -> torch.device:
-    """Where the weights lie; slopes and the norms of fixed maps are computed on the CPU."""
-    return next((t.device for t in graph.model.parameters()), torch.device("cpu"))
-
-
 def _combine(n: Node, gain: Constant | None, before: list[Constant]) -> Tensor:
     match n.op:
         case Input():
@@ -189,13 +157,6 @@ def _combine(n: Node, gain: Constant | None, before: list[Constant]) -> Tensor:
         case _:
             assert gain is not None
             return gain.value * before[0].value
-
-
-def _steepest(secants, shape: tuple[int, ...]) -> Tensor:
-    """The largest slope anywhere, in size."""
-    everywhere = torch.full((1,) * (len(shape) + 1), math.inf, dtype=torch.float64)
-    low, high = secants(-everywhere, everywhere)
-    return torch.maximum(low.abs().max(), high.abs().max())
 
 
 def _tail(output: Node) -> list[tuple[LinearMap | None, Node]]:
@@ -216,21 +177,3 @@ def _rows(map: LinearMap) -> Float[Tensor, "classes n"]:
         return map.weight
     basis = torch.eye(map.out_size, dtype=torch.float64, device=map.like.device)
     return map.adjoint(basis.reshape(-1, *map.out_shape)).flatten(1)
-
-
-def _distances(
-    rows: Float[Tensor, "classes n"] | None, wanted: Int[Tensor, " b"], classes: int, like: Tensor
-) -> Float[Tensor, "b classes"]:
-    """|W_i - W_j| for the wanted i and every j, from the differences themselves.
-
-    (Through W W^T equal rows would come out as a large number times the rounding error.)
-    """
-    if rows is None:  # the unit vectors
-        other = torch.arange(classes, device=like.device) != wanted.to(like.device)[:, None]
-        return math.sqrt(2) * other.to(like.dtype)
-    wanted = wanted.to(rows.device)
-    rows = rows.to(torch.promote_types(rows.dtype, like.dtype))
-    exactly = "donot_use_mm_for_euclid_dist"
-    if len(rows) <= len(wanted):
-        return torch.cdist(rows, rows, compute_mode=exactly)[wanted]
-    return torch.cdist(rows[wanted], rows, compute_mode=exactly)

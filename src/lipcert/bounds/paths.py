@@ -1,0 +1,265 @@
+"""Linear paths through a network whose activations are split into a linear part and a rest.
+
+An elementwise function with secant slopes in [a, b] is phi(z) = C z + D psi(z) with C = (a + b) / 2,
+D = (b - a) / 2 and every secant slope of psi in [-1, 1]. So between two inputs the value of any
+node changes by the sum over *sources* s of A_s times the change of s: the network's input, every
+psi, and every function of which only a constant is known. A_s is linear: what all paths from the
+source to the node do, activations replaced by their C.
+
+`Paths` moves batches of vectors along these maps, all sources and all ends in one sweep, so that
+one operator call a node serves every map at once; or gives the maps themselves.
+
+Reference: arXiv 2310.00116 (LipLT), the loop transformation; here for any graph.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lipcert.bounds.slopes import everywhere
+from lipcert.graph import Affine, Concat, Graph, Input, Lipschitz, Node, Slope, Sum
+from lipcert.linear_kinds import Scale, identity, zero
+from lipcert.linear_map import Add, LinearMap, Stack
+from lipcert.simplify import simplify
+
+Vectors = dict[Node, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a node does.
+
+    Attributes:
+        through: To what passes through it; None where nothing does, and for sums and
+            concatenations.
+        emit: To what starts at it; None for the identity, and where nothing does.
+    """
+
+    through: LinearMap | None = None
+    emit: LinearMap | None = None
+
+
+def linear_step(n: Node, like: Tensor | None = None) -> Step:
+    """The step of a node with the weights as they are now.
+
+    Args:
+        n: The node.
+        like: Fold the maps for use, in this precision and on this device; by default they are
+            left as they are, for strategies to fold in theirs.
+    """
+    match n.op:
+        case Affine(map=map):
+            return Step(map() if like is None else simplify(map().to(like.dtype)))
+        case Slope():
+            low, high = everywhere(n)
+            halves = (low + high) / 2, (high - low) / 2
+            if like is not None:
+                halves = halves[0].to(like), halves[1].to(like)
+            return Step(*(Scale(n.shape, n.shape, half) for half in halves))
+        case _:
+            return Step()
+
+
+def is_source(n: Node) -> bool:
+    """Whether changes start at the node that are no linear function of its inputs' changes."""
+    return isinstance(n.op, Input | Slope | Lipschitz)
+
+
+class Paths:
+    """The linear maps from every source to some nodes of a graph, the *ends*.
+
+    Attributes:
+        ends: The ends in topological order.
+        sources: For each node that matters, the sources it depends on, in topological order.
+        ends_after: For each node that matters, the ends at it or after it, in that order.
+    """
+
+    def __init__(self, graph: Graph, ends: Sequence[Node]):
+        wanted = set(ends)
+        after: dict[Node, set[Node]] = {n: {n} & wanted for n in graph}
+        for n in reversed(graph.nodes):
+            if not isinstance(n.op, Lipschitz):  # nothing linear passes an opaque function
+                for i in n.inputs:
+                    after[i] |= after[n]
+        order = {n: place for place, n in enumerate(graph)}
+        self._nodes = [n for n in graph if after[n]]
+        self.ends = tuple(n for n in graph if n in wanted)
+        self.ends_after = {n: tuple(sorted(after[n], key=order.__getitem__)) for n in self._nodes}
+        self.sources: dict[Node, tuple[Node, ...]] = {}
+        for n in self._nodes:
+            before = {n} if is_source(n) else set()
+            if not isinstance(n.op, Lipschitz):
+                before.update(s for i in n.inputs for s in self.sources[i])
+            self.sources[n] = tuple(sorted(before, key=order.__getitem__))
+
+    def starts(self) -> list[Node]:
+        """Every source of some end."""
+        return [n for n in self._nodes if is_source(n)]
+
+    def steps(self, like: Tensor | None = None) -> dict[Node, Step]:
+        """The step of every node that matters, see `linear_step`."""
+        return {n: linear_step(n, like) for n in self._nodes}
+
+    def push(self, steps: Mapping[Node, Step], vectors: Vectors) -> Vectors:
+        """A v for every pair of an end and a source of it.
+
+        Args:
+            steps: From `steps`.
+            vectors: For each source one vector for each end after it, `(ends, *source.shape)`.
+
+        Returns:
+            For each end the images from each source of it, `(sources, *end.shape)`.
+        """
+        held: Vectors = {}  # (ends after n, sources of n, *n.shape)
+        images: Vectors = {}
+        for n in self._nodes:
+            parts = []
+            if isinstance(n.op, Sum | Concat):
+                parts.append(self._joined(n, held))
+            elif n.inputs and not isinstance(n.op, Lipschitz):
+                x = _take(held[n.inputs[0]], _places(self._after(n.inputs[0]), self._after(n)), 0)
+                through = steps[n].through
+                assert through is not None
+                parts.append(through.apply(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+            if is_source(n):
+                emit, x = steps[n].emit, vectors[n]
+                parts.append((x if emit is None else emit.apply(x))[:, None])
+            held[n] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            if n in self.ends:
+                images[n] = held[n][0]
+        return images
+
+    def pull(self, steps: Mapping[Node, Step], images: Vectors) -> Vectors:
+        """A^T y for every pair of an end and a source: from the layout `push` returns to its input.
+
+        Args:
+            steps: From `steps`.
+            images: For each end one vector for each source of it, `(sources, *end.shape)`.
+        """
+        held: dict[Node, list[tuple[Tensor, list[int]]]] = {n: [] for n in self._nodes}
+        vectors: Vectors = {}
+        for n in reversed(self._nodes):
+            if n in self.ends:
+                held[n].append((images[n][None], [0]))
+            y = _placed(held.pop(n), len(self._after(n)), 0)
+            if is_source(n):
+                emit, own = steps[n].emit, y[:, -1]
+                vectors[n] = own if emit is None else emit.adjoint(own)
+            if isinstance(n.op, Input | Lipschitz):
+                continue
+            for place, i in enumerate(n.inputs):
+                x = _take(y, _places(self.sources[n], self.sources[i]), 1)
+                x = pulled(n, steps[n], x.flatten(0, 1), place).unflatten(0, x.shape[:2])
+                held[i].append((x, _places(self._after(i), self._after(n))))
+        return vectors
+
+    def maps(self, steps: Mapping[Node, Step]) -> dict[Node, dict[Node, LinearMap]]:
+        """The maps themselves: for each end, for each source of it."""
+        held: dict[Node, dict[Node, LinearMap]] = {}
+        for n in self._nodes:
+            before = [held[i] for i in n.inputs]
+            step, found = steps[n], {}
+            if isinstance(n.op, Sum | Concat):
+                for s in self.sources[n]:
+                    found[s] = _joined_maps(n, s, before)
+            elif step.through is not None:
+                found = {s: simplify(step.through @ map) for s, map in before[0].items()}
+            if is_source(n):
+                found[n] = identity(n.shape) if step.emit is None else step.emit
+            held[n] = found
+        return {n: held[n] for n in self.ends}
+
+    def _after(self, n: Node) -> tuple[Node, ...]:
+        return self.ends_after[n]
+
+    def _joined(self, n: Node, held: Vectors) -> Tensor:
+        """The sum or concatenation, each input's sources at their places among the node's."""
+        parts = []
+        for i in n.inputs:
+            x = _take(held[i], _places(self._after(i), self._after(n)), 0)
+            places = _places(self.sources[n], self.sources[i])
+            parts.append(_placed([(x, places)], len(self.sources[n]), 1))
+        if isinstance(n.op, Sum):
+            return torch.stack(parts).sum(0)
+        return torch.cat([p.flatten(2) for p in parts], 2)
+
+
+def rows_at_sources(
+    graph: Graph, end: Node, rows: Float[Tensor, "k ..."], steps: Mapping[Node, Step]
+) -> dict[Node, Float[Tensor, "k ..."]]:
+    """A^T applied to each row for every source of one node, in one sweep back.
+
+    Args:
+        graph: The graph.
+        end: The node.
+        rows: Vectors `(k, *end.shape)`.
+        steps: Of the nodes up to `end`.
+    """
+    held: dict[Node, Tensor] = {end: rows}
+    found: dict[Node, Tensor] = {}
+    for n in reversed(graph.nodes):
+        if n in held:
+            y, step = held.pop(n), steps[n]
+            if is_source(n):
+                found[n] = y if step.emit is None else step.emit.adjoint(y)
+            if not isinstance(n.op, Input | Lipschitz):
+                for place, i in enumerate(n.inputs):
+                    x = pulled(n, step, y, place)
+                    held[i] = held[i] + x if i in held else x
+    return found
+
+
+def pulled(n: Node, step: Step, y: Float[Tensor, "b ..."], place: int) -> Float[Tensor, "b ..."]:
+    """What the adjoint of a node sends to the input at a place."""
+    match n.op:
+        case Sum():
+            return y
+        case Concat():
+            sizes = [math.prod(i.shape) for i in n.inputs]
+            return y.split(sizes, 1)[place].reshape(-1, *n.inputs[place].shape)
+        case _:
+            assert step.through is not None
+            return step.through.adjoint(y)
+
+
+def _joined_maps(n: Node, source: Node, before: Sequence[Mapping[Node, LinearMap]]) -> LinearMap:
+    """The map from a source to a sum or concatenation of nodes."""
+    if isinstance(n.op, Sum):
+        terms = tuple(maps[source] for maps in before if source in maps)
+        return simplify(Add(source.shape, n.shape, terms))
+    parts = (
+        maps.get(source) or zero(source.shape, i.shape)
+        for i, maps in zip(n.inputs, before, strict=True)
+    )
+    return simplify(Stack(source.shape, n.shape, tuple(parts)))
+
+
+def _places(of: Sequence[Node], wanted: Sequence[Node]) -> list[int]:
+    """Where the wanted nodes stand in a longer list."""
+    position = {n: place for place, n in enumerate(of)}
+    return [position[n] for n in wanted]
+
+
+def _take(x: Tensor, places: list[int], axis: int) -> Tensor:
+    """Some entries of an axis; a view where they are neighbours, as in plain chains."""
+    first, count = places[0], len(places)
+    if places == list(range(first, first + count)):
+        return x.narrow(axis, first, count)
+    return x.index_select(axis, torch.tensor(places, device=x.device))
+
+
+def _placed(parts: Sequence[tuple[Tensor, list[int]]], size: int, axis: int) -> Tensor:
+    """The parts added up, each at its places of an axis of the given size."""
+    x, places = parts[0]
+    if len(parts) == 1 and places == list(range(size)):
+        return x
+    shape = list(x.shape)
+    shape[axis] = size
+    total = x.new_zeros(shape)
+    for x, places in parts:
+        total = total.index_add(axis, torch.tensor(places, device=x.device), x)
+    return total
