@@ -45,16 +45,19 @@ ROOT = "root of the most windows that share a cell"
 PAIR = "root of L_f^2 + L_g^2; 1 for the maximum and minimum of one pair together"
 NORM = "norm of the map on the given shape"
 SUM = "Affine; Sum of two functions", "norm of the map; L_f + L_g"
+PICK = "Affine; Concat of functions", "1; root of L_f^2 + L_g^2"
 JOIN = "Affine; Concat of functions", "norm of the map; root of the sum of squares"
 SAME = "nothing", "1"
 # By the file of the rule: a heading, and whether its ops are affine where the next table is silent.
 SECTIONS = {
-    "activation": ("Elementwise functions", False),
+    "piecewise": ("Piecewise linear functions", False),
+    "smooth": ("Smooth functions", False),
     "vector": ("Functions of vectors", False),
-    "one_lipschitz": ("Maxima", False),
+    "one_lipschitz": ("Maxima and pairs", False),
     "affine": ("Layers", True),
     "resampling": ("Averages and resampling", True),
-    "structural": ("Shapes, arithmetic, branches", True),
+    "structural": ("Shapes and branches", True),
+    "arithmetic": ("Arithmetic", True),
 }
 # By the name of an op: what running its rule on a vector does not tell.
 SAID = {
@@ -71,11 +74,13 @@ SAID = {
     "vectornorm": ("Lipschitz", "1; n^(1/p - 1/2) for the p-norm of n entries with p < 2"),
     "norm": ("Lipschitz", "1; n^(1/p - 1/2) for the p-norm of n entries with p < 2"),
     "std": ("Lipschitz", "1 / root of n - 1; of n if biased"),
+    "householder": ("Lipschitz", "1"),
     "maxpool": ("Lipschitz", ROOT),
     "adaptivemaxpool": ("Lipschitz", ROOT),
     **dict.fromkeys(("max", "min", "maximum", "minimum"), ("Lipschitz", PAIR)),
     **dict.fromkeys(("add", "sub"), SUM),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), JOIN),
+    "where": PICK,
     **dict.fromkeys(("identity", "clone", "contiguous", "detach", "requiresgrad"), SAME),
     **dict.fromkeys(("dropout", "alphadropout"), SAME),
 }

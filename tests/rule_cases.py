@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lipcert.layers import MaxMin, Normalize
+from lipcert.layers import Householder, MaxMin, Normalize, RecordingBatchNorm2d
 from nets import Net
 
 
@@ -160,6 +160,7 @@ AFFINE = {
     "BatchNorm1d on sequences": layer(lambda: nn.BatchNorm1d(4, affine=False), 4, 3),
     "BatchNorm2d": layer(lambda: nn.BatchNorm2d(4, eps=0.1), 4, 3, 2),
     "BatchNorm3d": layer(lambda: nn.BatchNorm3d(2), 2, 1, 3, 2),
+    "RecordingBatchNorm2d": layer(lambda: RecordingBatchNorm2d(4, eps=0.1), 4, 3, 2),
     "F.batch_norm": net(
         lambda s, x: F.batch_norm(
             x, s.m.detach(), s.v.detach().square(), s.w, training=s.training, eps=0.01
@@ -235,6 +236,9 @@ AFFINE = {
     "ChannelShuffle": layer(lambda: nn.ChannelShuffle(2), 4, 2, 2),
     "Unfold": layer(lambda: nn.Unfold(2, padding=1), 2, 3, 2),
     "F.unfold": net(lambda s, x: F.unfold(x, (2, 1)), 2, 3, 2),
+    "Fold": layer(lambda: nn.Fold((4, 5), (2, 3), padding=(1, 0), stride=(2, 1)), 12, 9),
+    "Fold of one size": layer(lambda: nn.Fold(5, 3, stride=2), 9, 4),
+    "F.fold": net(lambda s, x: F.fold(x, (5, 4), 2, dilation=(2, 1)), 8, 9),
     "F.pixel_shuffle": net(lambda s, x: F.pixel_shuffle(x, 2), 4, 2, 1),
     "F.pixel_unshuffle": net(lambda s, x: F.pixel_unshuffle(x, 2), 1, 2, 4),
     "torch.channel_shuffle": net(lambda s, x: torch.channel_shuffle(x, 3), 6, 1, 2),
@@ -305,6 +309,15 @@ AFFINE = {
     "torch.div": net(lambda s, x: torch.div(x, 3), 3),
     "x.div": net(lambda s, x: x.div(4), 3),
     "x.div_": net(lambda s, x: (x + 1).div_(4), 3),
+    "torch.where of two": net(lambda s, x: torch.where(s.w > 0, x, 2 * x.flip(1)), 3, 2, w=(3, 2)),
+    "torch.where of a number": net(lambda s, x: torch.where(s.w > 0, x, 2.5), 2, 3, w=3),
+    "torch.where of a constant": net(
+        lambda s, x: torch.where(s.w > 0, s.w, x), *(2, 3), w=(1, 2, 1)
+    ),
+    "torch.where of two shapes": net(
+        lambda s, x: torch.where(s.w > 0, x[:, :, :1], -x), *(2, 3), w=(2, 3)
+    ),
+    "x.where": net(lambda s, x: x.where(s.w < 0, s.w), 3, w=3),
     "torch.cumsum": net(lambda s, x: torch.cumsum(x, 1), 5),
     "x.cumsum": net(lambda s, x: x.cumsum(dim=-2), 3, 2),
     "torch.diff": net(lambda s, x: torch.diff(x), 2, 4),
@@ -363,6 +376,13 @@ LIPSCHITZ = {
     "F.adaptive_max_pool3d": (net(lambda s, x: F.adaptive_max_pool3d(x, 1), 1, 2, 2, 2), 1),
 }  # fmt: skip
 
+
+def turned(module):
+    """The activation with one angle in each half of the circle."""
+    module.angle.data = torch.tensor([0.7, -2.2])
+    return module
+
+
 # Functions of vectors with their constants; first those that rise with every input.
 RISING = {
     "torch.logsumexp": (net(lambda s, x: torch.logsumexp(x, 1), 4), 1),
@@ -381,6 +401,7 @@ RISING = {
     "x.median": (net(lambda s, x: x.median(-1, keepdim=True).values, 2, 4), 1),
 }
 VECTOR = {
+    "Householder": (layer(lambda: turned(Householder(4)), 4, 2), 1),
     "F.softmax": (net(lambda s, x: F.softmax(x, 1), 2), 0.5),
     "torch.softmax": (net(lambda s, x: torch.softmax(x, dim=-1), 3, 4), 0.5),
     "x.softmax": (net(lambda s, x: x.softmax(1), 4, 2), 0.5),
@@ -454,6 +475,10 @@ REFUSED = [
     (net(lambda s, x: x.clamp(1, -1), 3), "clamp from 1 to -1"),
     (net(lambda s, x: x.clamp(x.sin(), 2 + x), 3), "use maximum and minimum"),
     (net(lambda s, x: x.clamp(max=s.w), 3, w=3), "use numbers"),
+    (net(lambda s, x: torch.where(x > 0, x, 0.1 * x), 3), "use a constant mask (a buffer), or"),
+    (net(lambda s, x: x.where(x < s.w, 0), 3, w=3), "use a constant mask (a buffer), or"),
+    (net(lambda s, x: torch.where(s.w > 0, x, 0), 3, w=(2, 3)), "differs between the samples"),
+    (net(lambda s, x: torch.where(s.w > 0, x, 0), 1, w=3), "expand it first"),
     (net(lambda s, x: torch.maximum(x, s.w), 3, w=3), "with a constant: use clamp"),
     (net(lambda s, x: torch.maximum(x, x[:, :1]), 3), "expand one of them first"),
     (net(lambda s, x: x.max(1).values, 3), "max over an axis has no rule; use torch.amax"),

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import lipcert as lc
 from lipcert import recipes
 from lipcert.errors import LipcertError
+from lipcert.layers import ConvexSum, ScaledConv2d
 from lipcert.losses import ce
-from lipcert.losses.penalties import Parseval, SpectralNormPenalty
+from lipcert.losses.penalties import LastLayerDecay, Parseval, SpectralNormPenalty
 from lipcert.models import lmt_mnist
 from lipcert.recipes.parts import adam, attacked, nesterov
 
@@ -63,7 +65,7 @@ def test_the_penalty_follows_the_weights_and_registers_none():
     penalty = SpectralNormPenalty(net, 0.1)
     assert list(penalty.parameters()) == []
     assert set(penalty.state_dict()) == {f"vector_{i}" for i in range(5)}
-    assert penalty.vector_1.shape == (2 * 2,)  # of the flattened kernel, whatever the image
+    assert penalty.vector_1.shape == (1, 2 * 2)  # of the flattened kernel, whatever the image
     before = penalty()
     with torch.no_grad():
         for w in net.parameters():
@@ -161,6 +163,67 @@ def test_parseval_refuses_what_it_cannot_change():
         repeat(Parseval(0.1), nn.ReLU(), 1)
 
 
+def test_a_scaled_convolution_is_divided_and_has_norm_one_where_its_kernel_has():
+    net = nn.Sequential(ScaledConv2d(2, 5, (3, 2), padding=1), nn.Flatten())
+    plain = nn.Conv2d(2, 5, (3, 2), padding=1)
+    plain.load_state_dict(net[0].state_dict())
+    x = torch.rand(3, 2, 6, 6)
+    torch.testing.assert_close(net[0](x), plain(x) / 6**0.5)
+    before = lc.spectral_norm(plain, (2, 6, 6), lc.Exact())
+    after = lc.spectral_norm(net, (2, 6, 6), lc.Exact())
+    assert float(after) == pytest.approx(float(before) / 6**0.5)
+    repeat(Parseval(0.2), net, 200)
+    assert 0.5 < float(lc.spectral_norm(net, (2, 6, 6), lc.Exact())) <= 1 + 1e-9
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f, self.g, self.join = nn.Linear(3, 4), nn.Linear(3, 4), ConvexSum()
+
+    def forward(self, x):
+        return self.join(self.f(x).relu(), self.g(x).tanh())
+
+
+def test_a_convex_sum_counts_each_branch_with_its_share():
+    net = Residual()
+    norms = [torch.linalg.matrix_norm(m.weight.detach(), 2) for m in (net.f, net.g)]
+    graph = lc.trace(net, (3,))
+    for shares in ([0.5, 0.5], [0.2, 0.8], [-0.3, 1.1]):
+        net.join.shares.data = torch.tensor(shares)
+        expected = sum(abs(s) * norm for s, norm in zip(shares, norms, strict=True))
+        assert float(lc.Product(graph).lipschitz()) == pytest.approx(float(expected))
+
+
+def test_a_parseval_step_projects_the_shares():
+    net = Residual()
+    whole = torch.linspace(0, 1, 2001)
+    allowed = torch.stack([whole, 1 - whole], 1)
+    for _ in range(20):
+        given = torch.randn(2)
+        net.join.shares.data = given.clone()
+        repeat(Parseval(0.1), net, 1)
+        nearest = allowed[(allowed - given).norm(dim=1).argmin()]
+        torch.testing.assert_close(net.join.shares.data, nearest, atol=3e-4, rtol=0)
+        assert net.join.shares.sum() == 1
+
+
+def test_the_decay_of_the_last_layer_is_that_of_the_optimiser():
+    net = network()
+    penalty = LastLayerDecay(net, 0.3)
+    assert list(penalty.parameters()) == []
+    penalty().backward()
+    for name, p in net.named_parameters():
+        if name.startswith("7."):
+            torch.testing.assert_close(p.grad, 0.3 * p.detach())
+        else:
+            assert p.grad is None
+    with pytest.raises(LipcertError, match="strength=-1"):
+        LastLayerDecay(net, -1)
+    with pytest.raises(LipcertError, match="no dense layer that could decay"):
+        LastLayerDecay(nn.Sequential(nn.Conv2d(1, 1, 1)), 1)
+
+
 # ---------------------------------------------------------------- decay and attacked batches
 
 
@@ -239,3 +302,19 @@ def test_the_published_strengths():
         [nn.Parameter(torch.ones(1))], 1
     )
     assert optimiser.param_groups[0]["weight_decay"] == 5e-4
+
+
+def test_the_parseval_network_of_svhn():
+    recipe, lmt = recipes.get("baseline-svhn-parseval"), recipes.get("lmt-svhn-wrn16_4")
+    fields = [f.name for f in dataclasses.fields(lmt)]
+    differing = {f for f in fields if getattr(recipe, f) != getattr(lmt, f)}
+    parts = {"model", "loss", "penalties", "after_step"}
+    assert differing == {"name", "summary", "published"} | parts
+    assert recipe.after_step == Parseval(1e-4)
+    net = recipe.model(in_shape=(3, 32, 32), classes=10)
+    (decay,) = (make(net) for make in recipe.penalties)
+    assert decay.strength == 5e-4
+    assert decay._layer == (net.head,)
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert {type(m) for m in convolutions} == {ScaledConv2d}
+    assert sum(isinstance(m, ConvexSum) for m in net.modules()) == 6

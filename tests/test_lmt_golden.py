@@ -12,7 +12,7 @@ from torch import nn
 
 import lipcert as lc
 from lipcert.convolution import Conv
-from lipcert.layers import MaxMin
+from lipcert.layers import Householder, MaxMin
 from lipcert.linear_map import Generic
 from maps import CONVS, HARD, MAPS, cases, close, dense_of, live, scale, svd
 from rule_cases import Fn
@@ -69,6 +69,8 @@ SINGLE = {
     "topk3": (lambda s, x: x.topk(3, 1).values, 6),
     "maximum(x,2y) branches: sqrt(1+4)": (lambda s, x: torch.maximum(x, 2 * x.roll(1, 1)), 6),
     "prelu": (lambda s, x: F.prelu(x, s.slope), 6),
+    "householder(v)": (lambda s, x: s.turned(x), 2),  # any line through the plane
+    "HH2 theta=.7": (lambda s, x: s.turned(x), 6),
 }
 DIVIDES = "divides by the sample's own size"
 REFUSED = {
@@ -77,8 +79,6 @@ REFUSED = {
     "L2normalize eps=.1": (lambda s, x: F.normalize(x, eps=0.1), DIVIDES),
     "CE loss vs label0": (lambda s, x: F.cross_entropy(x, s.label), "no rule"),
 }
-# Reflections chosen by a sign: `torch.where` over the data has no rule.
-UNWRITTEN = {"householder(v)", "HH2 theta=.7"}
 # The calculus joins branches blindly: it sees neither that relu(x) and relu(-x) are never active
 # together, nor that the two terms of a margin read other entries.
 LOOSE = {"crelu": math.sqrt(2), "margin x0-max_rest": math.sqrt(2)}
@@ -95,6 +95,8 @@ def net(name):
     f, n = (VECTOR[op], n) if op in VECTOR else SINGLE[op]
     module = Fn(f, slope=torch.tensor([-1.7]))
     module.layer = MaxMin()
+    module.turned = Householder(n + n % 2)
+    nn.init.constant_(module.turned.angle, 0.7)
     return module, n
 
 
@@ -102,7 +104,7 @@ BOUNDED = [n for n in GOLDEN["vector_ops"] if split(n)[0] in VECTOR | SINGLE]
 
 
 def test_no_reference_is_left_out():
-    done = VECTOR.keys() | SINGLE.keys() | REFUSED.keys() | UNWRITTEN
+    done = VECTOR.keys() | SINGLE.keys() | REFUSED.keys()
     assert {split(name)[0] for name in GOLDEN["vector_ops"]} == done
 
 
@@ -114,6 +116,29 @@ def test_constants_of_vector_functions(name):
     assert float(constant) >= row["found"] * (1 - 1e-9)
     expected = row["constant"] * LOOSE.get(split(name)[0], 1)
     assert float(constant) == pytest.approx(expected, rel=1e-9)
+
+
+def test_householder_activations_are_those_of_published_code():
+    file = Path(__file__).parent / "golden" / "householder.json"  # provenance: in the file
+    row = {k: torch.tensor(v) for k, v in json.loads(file.read_text()).items() if k[0] != "p"}
+    module = Householder(6)
+    module.angle.data = row["angle"]
+    torch.testing.assert_close(module(row["x"]), row["out"], rtol=1e-5, atol=1e-6)
+
+
+def test_overlapping_blocks_add_up_to_the_root_of_their_count():
+    norm = lc.spectral_norm(nn.Fold(7, 3, stride=2), (9, 9))
+    assert (float(norm), norm.kind) == (GOLDEN["linear_ops"]["fold"], lc.Kind.UPPER)
+
+
+@pytest.mark.parametrize("norm", [lc.Exact(), lc.Gram(10), lc.Lanczos()])
+def test_norms_of_a_map_of_which_only_the_function_is_known(norm):
+    def fourier(x):
+        transformed = torch.fft.fft2(x, norm="ortho")
+        return torch.stack([transformed.real, transformed.imag], 1)
+
+    value = float(norm(Generic((4, 4), (2, 4, 4), fourier)))
+    assert value == pytest.approx(GOLDEN["linear_ops"]["fft2"], rel=1e-6)
 
 
 def test_softmax_attains_its_constant_only_between_two():

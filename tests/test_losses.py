@@ -8,9 +8,19 @@ from torch.nn.functional import cross_entropy
 
 from lipcert import losses
 from lipcert.errors import LipcertError
-from lipcert.losses import ce, emma, gloro, gloro_trades, lmt
+from lipcert.losses import (
+    boosted_cross_entropy,
+    ce,
+    crm,
+    crm_max,
+    emma,
+    gloro,
+    gloro_trades,
+    lmt,
+)
 
-ALL = [ce, lmt, gloro, gloro_trades, emma]
+ALL = [ce, lmt, gloro, gloro_trades, emma, crm, crm_max]
+CRM = [crm, crm_max]
 PROTECT_LABEL = [ce, lmt, emma]
 
 # The provenance of these numbers is written in the file, under "provenance".
@@ -136,14 +146,58 @@ def test_emma_keeps_its_shares_constant_in_the_gradient(batch):
     torch.testing.assert_close(logits.grad, weights - onehot)
 
 
+def radii_of(z, K):
+    """Each sample's radii to the other classes, the predicted one protected."""
+    out = []
+    for scores in z:
+        p = int(np.argmax(scores))
+        out.append([(scores[p] - scores[j]) / K[p, j] for j in range(len(scores)) if j != p])
+    return np.array(out)
+
+
+@pytest.mark.parametrize("misclassified", [False, True])
+@pytest.mark.parametrize("loss", CRM)
+def test_crm_penalises_the_small_radii(loss, misclassified, batch):
+    logits, labels, K = batch
+    eps, t, weight = 1.5, 2.0, 0.7
+    z, total = logits.numpy(), 0.0
+    right = z.argmax(1) == labels.numpy()
+    inside = 0
+    for radii, kept in zip(radii_of(z, K.numpy()), right, strict=True):
+        if (kept or misclassified) and min(radii) < eps:
+            inside += 1
+            if loss is crm:
+                total += np.log(np.exp(-t * radii).sum()) / t
+            else:
+                total += np.exp(-t * min(radii)) / t
+    assert 0 < inside < (12 if misclassified else right.sum())
+    expected = mean_cross_entropy(z, labels.numpy()) + weight * total / 12
+    options = {"t": t, "weight": weight, "misclassified": misclassified}
+    value = loss(logits, labels, row(loss, *batch), eps, **options)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_boosted_cross_entropy_adds_the_strongest_wrong_class(batch):
+    logits, labels, _ = batch
+    p = np.exp(logits.numpy())
+    p /= p.sum(1, keepdims=True)
+    total = 0.0
+    for scores, y in zip(p, labels.numpy(), strict=True):
+        total -= np.log(scores[y]) + np.log(1 - np.delete(scores, y).max())
+    assert boosted_cross_entropy(logits, labels).item() == pytest.approx(total / 12, rel=1e-12)
+
+
 # ---------------------------------------------------------------- laws
 
 
-@pytest.mark.parametrize("loss", [ce, lmt, emma])
-def test_radius_zero_gives_cross_entropy(loss, batch):
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [(loss, {}) for loss in (ce, lmt, emma, *CRM)] + [(loss, {"continuous": True}) for loss in CRM],
+)
+def test_radius_zero_gives_cross_entropy(loss, options, batch):
     logits, labels, _ = batch
     torch.testing.assert_close(
-        loss(logits, labels, row(loss, *batch), 0.0), cross_entropy(logits, labels)
+        loss(logits, labels, row(loss, *batch), 0.0, **options), cross_entropy(logits, labels)
     )
 
 
@@ -254,6 +308,138 @@ def test_gradients_without_stabiliser(batch):
     assert torch.autograd.gradcheck(lambda z, K: lmt(z, labels, K, 0.5, False), inputs)
 
 
+# ---------------------------------------------------------------- CRM's radii
+
+CONTINUOUS = pytest.mark.parametrize("continuous", [False, True])
+
+
+def three_classes(radius, K=None):
+    """One sample predicted and labelled 0 with the given radii to the classes 1 and 2."""
+    K_row = torch.tensor([[1.0, 0.5, 2.0]]) if K is None else K
+    margins = torch.tensor([0.0, radius, 2 * radius]) * K_row[0]
+    return 4.0 - margins[None], torch.tensor([0]), K_row
+
+
+@CONTINUOUS
+@pytest.mark.parametrize("loss", CRM)
+def test_gradients_of_the_penalty(loss, continuous, batch):
+    logits, labels, _ = batch
+    inputs = (logits.requires_grad_(), row(loss, *batch).requires_grad_())
+    options = {"continuous": continuous, "misclassified": True}
+    assert torch.autograd.gradcheck(lambda z, K: loss(z, labels, K, 1.5, **options), inputs)
+
+
+@pytest.mark.parametrize("loss", CRM)
+def test_only_the_continuous_form_has_no_jump_at_its_edge(loss):
+    eps, t, step = 0.3, 4.0, 1e-9
+    # The softmin of r and 2r is eps, or r is, where the penalty ends.
+    edge = eps + np.log((1 + np.sqrt(1 + 4 * np.exp(-t * eps))) / 2) / t if loss is crm else eps
+
+    def jump(at, **options):
+        below, above = (
+            loss(*three_classes(at + s), eps, t=t, weight=10.0, **options) for s in (-step, step)
+        )
+        return abs(below - above).item()
+
+    if loss is crm:
+        logits, _, K_row = three_classes(edge)
+        radii = (4.0 - logits[0, 1:]) / K_row[0, 1:]
+        assert -torch.logsumexp(-t * radii, 0) / t == pytest.approx(eps)
+    assert jump(eps) > 0.1
+    assert jump(edge, continuous=True) < 1e-6
+    assert jump(eps, continuous=True) < 1e-6
+
+
+@pytest.mark.parametrize("loss", CRM)
+def test_the_continuous_form_has_the_same_gradient_on_small_radii(loss, batch):
+    logits, labels, K = batch
+    eps, gradients = 0.7, []
+    nearest = torch.tensor(radii_of(logits.numpy(), K.numpy())).amin(1)
+    small = nearest < eps
+    small &= logits.argmax(1) == labels
+    assert small.any()
+    for continuous in (False, True):
+        z = logits.clone().requires_grad_()
+        loss(z, labels, row(loss, *batch), eps, continuous=continuous).backward()
+        gradients.append(z.grad[small])
+    torch.testing.assert_close(*gradients)
+
+
+@CONTINUOUS
+@pytest.mark.parametrize("loss", CRM)
+def test_large_radii_and_wrong_predictions_are_left_alone(loss, continuous):
+    logits, labels, K_row = three_classes(1.0)
+    plain = cross_entropy(logits, labels)
+    assert loss(logits, labels, K_row, 0.5, continuous=continuous) == plain
+    assert loss(logits, labels, K_row, 1.5, continuous=continuous) != plain
+    wrong = torch.tensor([1])
+    assert loss(logits, wrong, K_row, 1.5, continuous=continuous) == cross_entropy(logits, wrong)
+
+
+@CONTINUOUS
+@pytest.mark.parametrize("loss", CRM)
+def test_nothing_is_penalised_at_radius_zero(loss, continuous):
+    logits, labels, K_row = three_classes(0.01)  # with a softmin below zero
+    assert loss(logits, labels, K_row, 0.0, continuous=continuous) == cross_entropy(logits, labels)
+
+
+@CONTINUOUS
+@pytest.mark.parametrize("loss", CRM)
+def test_the_sum_is_divided_by_the_whole_batch(loss, continuous):
+    logits, labels, K_row = three_classes(1.0)
+    far = torch.tensor([[50.0, 0.0, 0.0]])
+
+    def penalty(z, y, K):
+        value = loss(z, y, K, 1.5, continuous=continuous)
+        return value - loss(z, y, K, 0.0)
+
+    alone = penalty(logits, labels, K_row)
+    three = torch.cat([logits, far, far])
+    beside = penalty(three, labels.expand(3), K_row.expand(3, 3))
+    torch.testing.assert_close(beside, alone / 3)
+
+
+@pytest.mark.parametrize("loss", CRM)
+def test_a_class_that_never_comes_nearer_does_not_count(loss):
+    """K = 0 against class 2: the penalty of the two classes left, however blunt the softmin."""
+    logits, labels, K_row = three_classes(0.4)
+    K_row[0, 2] = 0.0
+
+    def penalty(classes):
+        z, K = logits[:, :classes], K_row[:, :classes]
+        return loss(z, labels, K, 1.0, t=0.01) - loss(z, labels, K, 0.0)
+
+    torch.testing.assert_close(penalty(3), penalty(2))
+
+
+@CONTINUOUS
+@pytest.mark.parametrize("loss", CRM)
+def test_an_infinite_constant_means_radius_zero(loss, continuous):
+    logits, labels, K_row = three_classes(0.4)
+    logits.requires_grad_()
+    K_row = K_row.clone().fill_(torch.inf).requires_grad_()
+    value = loss(logits, labels, K_row, 1.0, continuous=continuous)
+    value.backward()
+    assert value.isfinite()
+    assert logits.grad.isfinite().all()
+    assert (K_row.grad == 0).all()
+
+
+@CONTINUOUS
+@pytest.mark.parametrize("loss", CRM)
+def test_a_broken_constant_shows_in_the_loss(loss, continuous):
+    logits, labels, K_row = three_classes(0.4)
+    K_row[0, 2] = torch.nan
+    assert loss(logits, labels, K_row, 1.0, continuous=continuous).isnan()
+
+
+@pytest.mark.parametrize("t", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("loss", CRM)
+def test_a_sharpness_that_is_not_positive_is_refused(loss, t):
+    with pytest.raises(LipcertError, match="sharpness"):
+        loss(*three_classes(0.4), 1.0, t=t)
+
+
 # ---------------------------------------------------------------- hard input
 
 
@@ -271,17 +457,27 @@ def hard_cases():
         "huge logits": (1e30 * logits.to(single), labels, ones.to(single)),
         "huge constants": (logits, labels, 1e30 * ones),
         "tiny constants": (logits, labels, 1e-300 * ones),
+        "subnormal constants, equal logits": (equal, labels, 1e-310 * ones),
+        "huge radii": (1e20 * logits.to(single), labels, 1e-18 * ones.to(single)),
+        "one huge radius": (logits, labels, ones.scatter(1, (labels[:, None] + 1) % 3, 1e-150)),
     }
 
 
-@pytest.mark.parametrize("stabilise", [True, False])
+OPTIONS = [(loss, {}) for loss in ALL] + [
+    (lmt, {"stabilise": False}),
+    *((loss, {"continuous": True}) for loss in CRM),
+    *((loss, {"misclassified": True}) for loss in CRM),
+    *((loss, {"misclassified": True, "continuous": True}) for loss in CRM),
+    (crm, {"classification": boosted_cross_entropy}),
+]
+
+
 @pytest.mark.parametrize("case", hard_cases())
-@pytest.mark.parametrize("loss", ALL)
-def test_values_and_gradients_stay_finite(loss, case, stabilise):
+@pytest.mark.parametrize(("loss", "options"), OPTIONS)
+def test_values_and_gradients_stay_finite(loss, options, case):
     logits, labels, K_row = (t.clone() for t in hard_cases()[case])
     logits.requires_grad_()
     K_row.requires_grad_()
-    options = {"stabilise": stabilise} if loss is lmt else {}
     value = loss(logits, labels, K_row, 0.5, **options)
     value.backward()
     assert value.isfinite()
@@ -303,7 +499,7 @@ def test_half_precision_logits_are_widened_first(loss, dtype, batch):
 
 
 @pytest.mark.parametrize("eps", [-0.1, float("nan")])
-@pytest.mark.parametrize("loss", [lmt, gloro, gloro_trades, emma])
+@pytest.mark.parametrize("loss", [lmt, gloro, gloro_trades, emma, *CRM])
 def test_a_negative_radius_is_refused(loss, eps, batch):
     logits, labels, _ = batch
     with pytest.raises(LipcertError, match="eps"):

@@ -4,9 +4,19 @@ from torch import nn
 
 from lipcert.errors import LipcertError
 from lipcert.layers import MaxMin, Normalize
-from lipcert.models import c4f3_bcp, c6f2_bcp, initialise_orthogonally, lmt_mnist, mlp
+from lipcert.models import (
+    c4f3_bcp,
+    c6f2_bcp,
+    c6f2_crm,
+    c8f2_bcp,
+    c8f2_crm,
+    crm_depth,
+    initialise_orthogonally,
+    lmt_mnist,
+    mlp,
+)
 
-MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
+MNIST, CIFAR, TINY = (1, 28, 28), (3, 32, 32), (3, 64, 64)
 
 
 def parameters(net):
@@ -77,6 +87,7 @@ def test_normalize_does_not_broadcast_over_missing_channels():
         (c4f3_bcp, MNIST, 1_974_762),
         (c4f3_bcp, CIFAR, 2_466_858),
         (c6f2_bcp, CIFAR, 2_250_378),
+        (c6f2_crm, CIFAR, 733_866),
         (mlp, (1, 8, 8), 26_122),
     ],
 )
@@ -88,6 +99,50 @@ def test_parameter_counts_and_output_shapes(make, shape, count, activation):
     assert net(torch.rand(2, *shape)).shape == (2, 10)
     assert sum(isinstance(m, activation) for m in net) == len(list(net.parameters())) // 2 - 1
     assert isinstance(net[-1], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("make", "sides"),
+    [
+        (c8f2_bcp, [64, 64, 31, 31, 31, 14, 14, 6]),
+        (c8f2_crm, [64, 62, 30, 30, 30, 14, 14, 6]),
+    ],
+)
+def test_the_two_nets_for_tiny_imagenet(make, sides):
+    net = make(TINY, 200)
+    assert parameters(net) == 4_342_984
+    assert "4 342 984" in " ".join(make.__doc__.split())
+    x, found = torch.rand(1, *TINY, dtype=torch.float32), []
+    for layer in net.float():
+        x = layer(x)
+        if isinstance(layer, nn.Conv2d):
+            found.append(x.shape[-1])
+    assert found == sides
+    assert x.shape == (1, 200)
+
+
+CRM_COUNTS = {  # (convolutions, dense layers): parameters, and the width of the flattened maps
+    (6, 2): (733_866, 1024),
+    (7, 2): (770_794, 1024),
+    (8, 2): (374_826, 256),
+    (9, 2): (411_754, 256),
+    (9, 3): (394_090, 256),
+    (9, 4): (401_706, 256),
+    (10, 4): (419_722, 64),
+    (11, 4): (456_650, 64),
+}
+
+
+@pytest.mark.parametrize(("convolutions", "dense"), CRM_COUNTS)
+def test_the_nets_of_growing_depth(convolutions, dense):
+    net = crm_depth(CIFAR, 10, convolutions, dense)
+    count, width = CRM_COUNTS[convolutions, dense]
+    assert parameters(net) == count
+    assert sum(isinstance(m, nn.Conv2d) for m in net) == convolutions
+    linear = [m for m in net if isinstance(m, nn.Linear)]
+    assert len(linear) == dense
+    assert linear[0].in_features == width
+    assert net(torch.rand(2, *CIFAR)).shape == (2, 10)
 
 
 def test_the_activation_may_change_the_width():
@@ -111,6 +166,8 @@ def test_mlp_without_widths_is_linear():
         (lambda: c4f3_bcp((1, 2, 28), 10), "convolution 4 .* 1x14"),
         (lambda: c6f2_bcp((3, 1, 1), 10), "convolution 3 .* 1x1"),
         (lambda: c6f2_bcp((3, 0, 8), 10), "positive"),
+        (lambda: c8f2_crm((3, 16, 16), 10), "convolution 8 .* 2x2"),
+        (lambda: crm_depth(CIFAR, 10, 9, 5), "9 convolutions and 5 .* 9 and 4"),
         (lambda: mlp((), 10), "positive"),
         (lambda: mlp((4,), 10, widths=(8, 0)), "width"),
         (lambda: mlp((4,), 1), "at least 2 classes"),

@@ -10,11 +10,14 @@ from lipcert.data import Split, load
 from lipcert.errors import LipcertError
 from lipcert.radii import parse_radius
 from lipcert.recipe import SETTABLE, override, settings
+from lipcert.recipes.crm import crm_cifar10_depth
 
-SHAPES = {  # smaller than SVHN's pictures, for speed
+SHAPES = {  # some smaller than the pictures, for speed
     "digits": (1, 8, 8),
     "ylecun/mnist": (1, 28, 28),
     "ufldl-stanford/svhn:cropped_digits": (3, 8, 8),
+    "uoft-cs/cifar10": (3, 32, 32),
+    "zh-plus/tiny-imagenet": (3, 24, 24),
 }
 
 
@@ -25,20 +28,22 @@ def test_a_recipe_takes_a_step_that_lowers_its_loss(name):
     net = recipe.model(in_shape=shape, classes=10).eval()  # no dropout between the comparisons
     bound = recipe.bound(lc.trace(net, shape))
     optimiser = recipe.optimiser(net.parameters(), 1e-4)
-    x, y = torch.rand(16, *shape), torch.arange(16) % 10
+    x = torch.rand(16, *shape)
+    # What the loss protects: one that protects predictions may jump where a prediction goes wrong.
+    y = recipe.loss.protects(net(x), torch.arange(16) % 10)
 
     def loss():
         logits = net(x)
         row = bound(x).row(recipe.loss.protects(logits, y))
         return recipe.loss(logits, y, row, 0.01, **recipe.loss_options)
 
-    before = loss()
-    for _ in range(3):
+    values = []
+    for _ in range(2):
         optimiser.zero_grad()
-        value = loss()
-        value.backward()
+        values.append(loss())
+        values[-1].backward()
         optimiser.step()
-    assert loss() < before
+    assert loss() < values[0]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
@@ -73,6 +78,62 @@ def test_the_svhn_schedules_in_epochs(name, end):
     for epoch, rate in rates.items():
         found = recipe.learning_rate * at(recipe.learning_rate_schedule, epoch)
         assert found == pytest.approx(rate)
+
+
+CRM = {  # epochs, batch, r0, t, lambda, power iterations, first epoch of decay, first and last rate
+    "crm-mnist-c4f3_bcp": (400, 512, 2.2, 5, 30, 10, 25, 1e-3, 1e-6),
+    "crm-cifar10-c6f2_crm": (400, 512, 0.2, 5, 15, 5, 200, 1e-3, 1e-6),
+    "crm-cifar10-c6f2_bcp": (400, 512, 0.2, 5, 15, 5, 200, 1e-3, 1e-6),
+    "crm-tiny-c8f2_crm": (300, 256, 0.2, 12, 150, 5, 100, 1e-4, 1e-7),
+}
+
+
+@pytest.mark.parametrize("name", CRM)
+def test_the_settings_of_crm_in_epochs(name):
+    recipe = recipes.get(name)
+    epochs, batch, r0, t, weight, iterations, decay, first, last = CRM[name]
+    assert (recipe.epochs, recipe.batch_size) == (epochs, batch)
+    assert recipe.loss_options == {"t": t, "weight": weight}
+    assert recipe.bound.keywords == {"steps": iterations}
+    group = recipe.optimiser([torch.nn.Parameter(torch.zeros(1))], first).param_groups[0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-7, 0)
+    steps = 70  # an epoch
+
+    def at(schedule, step):
+        return schedule(step / (epochs * steps - 1))
+
+    radii = [recipe.eps * at(recipe.eps_schedule, 10 * steps + s) for s in (-700, -1, 0, 1000)]
+    assert radii == [0, 0, r0, r0]
+    rates = {0: first, decay * steps - 1: first, epochs * steps - 1: last}
+    for step, rate in rates.items():
+        found = recipe.learning_rate * at(recipe.learning_rate_schedule, step)
+        assert found == pytest.approx(rate, rel=1e-9)
+    assert recipe.learning_rate * at(recipe.learning_rate_schedule, (decay + 1) * steps) < first
+
+
+def test_crm_on_cifar10_says_that_the_published_figure_is_of_another_scale():
+    recipe = recipes.get("crm-cifar10-c6f2_crm")
+    assert "36/255" in recipe.radii
+    (certified,) = (p for p in recipe.published if "CRA" in p.what)
+    assert "not comparable" in certified.certainty
+    assert "[-1, 1]" in certified.certainty
+
+
+def test_pictures_of_crm_keep_their_shape_and_range():
+    for name, outside in (("crm-cifar10-c6f2_crm", 0.5), ("crm-tiny-c8f2_crm", 0.0)):
+        pictures = recipes.get(name).augment(torch.ones(64, 3, 32, 32))
+        assert pictures.shape == (64, 3, 32, 32)
+        assert set(pictures.unique().tolist()) == {1.0, outside}
+
+
+@pytest.mark.parametrize(("convolutions", "dense"), [(6, 2), (9, 3), (11, 4)])
+def test_any_member_of_the_timing_study_has_a_recipe(convolutions, dense):
+    recipe = crm_cifar10_depth(convolutions, dense)
+    net = recipe.model(in_shape=(3, 32, 32), classes=10)
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in net) == convolutions
+    assert f"c{convolutions}f{dense}" in recipe.name
+    assert recipe.epochs == 20
+    assert recipe.eps_schedule(0.0) == 1
 
 
 @pytest.mark.parametrize(

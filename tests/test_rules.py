@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import lipcert as lc
 from lipcert.graph import Affine, Input, Lipschitz, Slope
+from lipcert.layers import Householder
 from lipcert.linear_map import Add, Composition
 from lipcert.rules import registry
 from nets import Net
@@ -24,6 +26,7 @@ from rule_cases import (
     REFUSED,
     RISING,
     VECTOR,
+    Fn,
     calls,
     net,
 )
@@ -283,7 +286,74 @@ def test_boxes_go_through_the_matrix(name):
         torch.testing.assert_close(low, map.apply(centre) - reach)
 
 
+def test_a_constant_mask_joins_two_functions_and_is_read_anew():
+    module = Fn(lambda s, x: torch.where(s.mask, x.sin(), (2 * x).tanh()))
+    module.register_buffer("mask", torch.tensor([True, False, True]))
+    graph = lc.trace(module, (3,))
+    constant = float(lc.Product(graph).lipschitz())
+    assert constant == pytest.approx(5**0.5)  # as if both reached every entry
+    assert best_quotients(module, (3,)).norm(dim=1).max() <= constant
+    for mask in ([False, True, True], [True, True, True]):
+        module.mask = torch.tensor(mask)
+        x = torch.randn(4, 3)
+        torch.testing.assert_close(graph.values(x)[graph.output], module(x))
+
+
+def test_folding_counts_the_blocks_that_share_a_cell():
+    for size, kernel, stride, count in ((6, 2, 2, 1), (6, 3, 3, 1), (5, 3, 1, 9), (6, 3, 2, 4)):
+        blocks = F.unfold(torch.zeros(1, 2, size, size), kernel, stride=stride).shape[1:]
+        fold = nn.Fold(size, kernel, stride=stride)
+        assert float(lc.spectral_norm(fold, tuple(blocks))) == pytest.approx(count**0.5)
+
+
 # ---------------------------------------------------------------- functions with a constant
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.7, -2.2, math.pi, 4.0])
+def test_householder_reflects_a_half_plane_and_keeps_norms(angle):
+    module = Householder(2)
+    module.angle.data = torch.tensor([angle])
+    z = torch.randn(200, 2)
+    v = torch.tensor([math.sin(angle / 2), -math.cos(angle / 2)])
+    mirrored = z - 2 * (z @ v)[:, None] * v
+    torch.testing.assert_close(module(z), torch.where((z @ v)[:, None] > 0, mirrored, z))
+    turns = jacobians(module, z)
+    torch.testing.assert_close(turns.mT @ turns, torch.eye(2).expand_as(turns))
+    assert {round(float(d)) for d in torch.linalg.det(turns)} == {1, -1}
+
+
+def test_householder_sorts_at_the_start_and_learns_its_angles():
+    module = Householder(6)
+    x = torch.randn(5, 6, 2)
+    a, b = x.chunk(2, 1)
+    torch.testing.assert_close(module(x), torch.cat([torch.minimum(a, b), torch.maximum(a, b)], 1))
+    module(x)[:, 0].sum().backward()
+    assert (module.angle.grad != 0).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.7, -2.2, math.pi, 4.0])
+def test_images_of_householder_are_right_at_infinity_and_follow_the_angle(angle):
+    module = Householder(2)
+    op = output(module, (2,)).op
+    module.angle.data = torch.tensor([angle])  # after tracing
+    lower, upper = torch.tensor([[-INF, -1.0], [0.5, -INF]]), torch.tensor([[2.0, 3.0], [INF, INF]])
+    bottom, top = op.image(lower, upper)
+    assert not bottom.isnan().any()
+    assert not top.isnan().any()
+    low, high = lower.clamp(min=-1e3)[:, None], upper.clamp(max=1e3)[:, None]
+    value = module((low + (high - low) * torch.rand(2, 500, 2)).flatten(0, 1)).reshape(2, 500, 2)
+    assert (bottom[:, None] <= value + 1e-9).all()
+    assert (value <= top[:, None] + 1e-9).all()
+    if angle == 0.0:  # b is reflected to |b|, a stays
+        torch.testing.assert_close(top[0], torch.tensor([2.0, 3.0]))
+
+
+@pytest.mark.parametrize("channels", [0, 3])
+def test_householder_needs_pairs(channels):
+    with pytest.raises(lc.LipcertError, match=f"channels={channels} must be"):
+        Householder(channels)
+    with pytest.raises(lc.LipcertError, match="made for 4 channels"):
+        Householder(4)(torch.zeros(2, 6))
 
 
 @pytest.mark.parametrize("name", CONSTANTS)

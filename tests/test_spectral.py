@@ -292,7 +292,7 @@ def test_power_iteration_comes_from_below(build):
 
 def test_power_iteration_improves_from_call_to_call():
     a, norm = dense_of(torch.randn(20, 12)), PowerIteration(1)
-    vector = norm.start(a)
+    vector = norm.start(a.in_shape, a.like)
     values = []
     for _ in range(200):
         constant, vector = norm.refine(a, vector)
@@ -304,14 +304,14 @@ def test_power_iteration_improves_from_call_to_call():
 
 
 def test_no_steps_read_the_vector_as_it_is():
-    a, vector = dense_of([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([1.0, 0.0])
+    a, vector = dense_of([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[1.0, 0.0]])
     constant, kept = PowerIteration(0).refine(a, vector)
-    assert (float(constant), kept.tolist()) == (3, [1, 0])
+    assert (float(constant), kept.tolist()) == (3, [[1, 0]])
 
 
 def test_power_iteration_survives_a_map_that_turns_zero():
     a, norm = dense_of(torch.randn(4, 3)), PowerIteration(50)
-    vector = norm.refine(a, norm.start(a))[1]
+    vector = norm.refine(a, norm.start(a.in_shape, a.like))[1]
     nothing, kept = norm.refine(dense_of(torch.zeros(4, 3)), vector)
     assert float(nothing) == 0
     assert kept.equal(vector)
@@ -321,7 +321,7 @@ def test_power_iteration_survives_a_map_that_turns_zero():
 def test_power_iteration_cannot_see_a_block_it_did_not_start_in():
     """Why it is an estimate; the others see the block."""
     a = dense_of(torch.block_diag(torch.eye(2), 5 * torch.eye(3)))
-    blind = PowerIteration(100).refine(a, torch.tensor([1.0, 0, 0, 0, 0]))[0]
+    blind = PowerIteration(100).refine(a, torch.tensor([[1.0, 0, 0, 0, 0]]))[0]
     assert (float(blind), blind.kind) == (1, Kind.ESTIMATE)
     for norm in (Exact(), Auto(), Gram(1), Lanczos(1e-9, 3)):
         assert norm(a).value >= 5 * (1 - 1e-12)

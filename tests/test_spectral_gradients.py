@@ -63,7 +63,7 @@ def test_gradient_of_power_iteration_at_the_singular_vector(build):
     a = build()
     top = torch.linalg.svd(a.dense().detach())[2][0].reshape(a.in_shape)
     expected = torch.autograd.grad(svd(a), a.tensors())
-    found = torch.autograd.grad(PowerIteration(1).refine(a, top)[0].value, a.tensors())
+    found = torch.autograd.grad(PowerIteration(1).refine(a, top[None])[0].value, a.tensors())
     for gradient, wanted in zip(found, expected, strict=True):
         close(gradient, wanted, 1e-9)
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import importlib.util
+import time
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 import lipcert as lc
 from lipcert.graph import Affine, Concat, Input, Lipschitz, Slope, Sum, unwrap
-from lipcert.layers import MaxMin
+from lipcert.layers import MaxMin, Normalize
 from lipcert.rules import registry
 from lipcert.rules.slopes import smooth
+from lipcert.rules.spot_check import slope_fault
 from nets import NETS, Net
 from rule_cases import Fn
 
@@ -562,6 +564,83 @@ def test_a_rule_with_the_wrong_shape_is_refused(own_rules):
 # ---------------------------------------------------------------- identity of the network
 
 
+class Own(nn.Module):
+    """An elementwise function of one's own."""
+
+    def __init__(self, fn, weight=1.0):
+        super().__init__()
+        self.fn, self.weight = fn, nn.Parameter(torch.as_tensor(weight))
+
+    def forward(self, x):
+        return self.weight * self.fn(x)
+
+
+LIES = {
+    "too steep": (torch.tanh, 1.1, lambda t: 1 - t.tanh().square()),
+    "of the other sign": (torch.tanh, -1.0, lambda t: 1 - t.tanh().square()),
+    "with a jump": (torch.sign, 1.0, torch.zeros_like),
+    "not a number": (lambda t: t.where(t > -9, torch.nan), 1.0, torch.ones_like),
+    "in one channel": (torch.sin, torch.tensor([1.0, 1.0, 1.5])[:, None], torch.ones_like),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("lie", LIES)
+def test_a_rule_whose_slopes_do_not_hold_is_refused(own_rules, lie, dtype):
+    fn, weight, derivative = LIES[lie]
+    lc.rule(Own)(lambda module, x: smooth(module, derivative, (0.0,)))
+    net = nn.Sequential(nn.Linear(4, 4), Own(fn, weight)).to(dtype)
+    message = refusal(net, (3, 4))
+    assert "1 op without" in message
+    assert "- 1 (test_tracing.Own): its rule states slopes" in message
+
+
+@pytest.mark.parametrize("lies_on_short", [True, False])
+def test_the_slopes_of_short_intervals_and_of_the_whole_line_are_checked(own_rules, lies_on_short):
+    def secants(lower, upper):
+        lies = (upper - lower < 1) == lies_on_short
+        return torch.where(lies, 0.0, -1.0), torch.where(lies, 0.5, 1.0)
+
+    lc.rule(Own)(lambda m, x: Slope(m, secants, lambda low, up: (low, up)))
+    message = refusal(Own(torch.sin), (3,))
+    assert "states slopes in [0, 0.5] between" in message
+    assert ("between -inf and inf" in message) != lies_on_short
+
+
+class Channels(Own):
+    """One slope a channel, by a function that insists on their number."""
+
+    def forward(self, x):
+        return F.prelu(x, self.weight.to(x))
+
+
+def test_slopes_of_many_channels_are_checked(own_rules):
+    def rule(most):
+        return lambda m, x: Slope(
+            m,
+            lambda low, up: (torch.zeros_like(low), torch.full_like(up, most)),
+            lambda low, up: (low, up),
+        )
+
+    net = Channels(None, torch.linspace(0, 2, 700))
+    lc.rule(Channels)(rule(2.0))
+    lc.trace(net, (700, 2, 2))
+    registry._RULES[Channels] = rule(1.9)
+    assert "its rule states slopes in [0, 1.9]" in refusal(net, (700, 2, 2))
+
+
+def test_checking_the_slopes_of_a_node_takes_no_time():
+    graph = lc.trace(nn.Sequential(nn.GELU()), (64, 32, 32))
+    op = graph.output.op
+    assert slope_fault(op, (64, 32, 32), torch.zeros(1)) is None
+    times = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        slope_fault(op, (64, 32, 32), torch.zeros(1))
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 2e-3  # less than half of that is usual
+
+
 def test_wrappers_are_looked_through():
     net = NETS["mlp"].build()
     compiled = nn.Module()
@@ -602,6 +681,16 @@ def test_changes_after_tracing_are_noticed():
     with torch.no_grad():
         net[0].weight.mul_(2)
     graph.check(net.train())
+
+
+def test_other_numbers_in_a_normalisation_are_no_change_of_the_network():
+    net = nn.Sequential(Normalize([0.5], [0.25]), nn.Flatten(), nn.Linear(4, 2))
+    graph = lc.trace(net, (1, 2, 2))
+    net.load_state_dict(net.state_dict() | {"0.mean": torch.tensor([0.1]), "0.std": torch.ones(1)})
+    graph.check(net)
+    assert_same_function(graph, net)
+    wider = Normalize([0.5, 0.5], [0.25, 0.25])
+    assert repr(wider) != repr(net[0])  # how many channels there are is structure
 
 
 def test_graphs_and_bounds_of_copies_are_apart():

@@ -10,6 +10,7 @@ from torch import nn
 
 from lipcert import recipes
 from lipcert import run as runs
+from lipcert.augment import RandomAffine
 from lipcert.data import from_tensors
 from lipcert.errors import LipcertError
 from lipcert.losses.penalties import Parseval, SpectralNormPenalty
@@ -77,6 +78,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, data, s
 PARTS = {
     "penalty": {"penalties": (partial(SpectralNormPenalty, strength=0.1),)},
     "parseval": {"after_step": Parseval(0.1)},
+    "augmentation": {"augment": RandomAffine(30, 0.5)},
     "attack": {"perturb": attacked},
     "decay": {"optimiser": partial(nesterov, weight_decay=0.1)},
     "normalisation and dropout": {"model": partial(WideResNet, widen=1, blocks=1, dropout=0.3)},
@@ -111,8 +113,8 @@ def test_every_part_of_a_recipe_counts_and_survives_resumption(tmp_path, data, p
 
 
 def test_parts_run_in_order_with_the_right_gradients(tmp_path, data):
-    """Perturbation, loss, penalties, step, after_step: once each for every batch."""
-    calls = []
+    """Augmentation, perturbation, loss, penalties, step, after_step: once each for every batch."""
+    calls, pictures, labels = [], [], []
 
     class Penalty(nn.Module):
         def __init__(self, net):
@@ -123,8 +125,15 @@ def test_parts_run_in_order_with_the_right_gradients(tmp_path, data):
             calls.append("penalty")
             return 0.0 * sum(p.sum() for p in self._net[0].parameters()) + 1000.0
 
+    def augment(x):
+        calls.append("augment")
+        pictures.extend(x.flatten(1).tolist())
+        return torch.full_like(x, 0.25)
+
     def perturb(net, x, y, eps):
         calls.append("perturb")
+        assert (x == 0.25).all()
+        labels.extend(y.tolist())
         assert x.shape[1:] == (1, 4, 4)
         assert len(x) == len(y)
         assert eps >= 0
@@ -135,11 +144,14 @@ def test_parts_run_in_order_with_the_right_gradients(tmp_path, data):
         assert net.training
         assert not torch.is_grad_enabled()
 
-    parts = {"penalties": (Penalty, Penalty), "perturb": perturb, "after_step": after_step}
+    parts = {"penalties": (Penalty, Penalty), "augment": augment, "perturb": perturb}
+    parts["after_step"] = after_step
     made = dataclasses.replace(recipe(epochs=1), **parts)
     _, loss = trained(tmp_path / "run", data, made)
     batches = 3  # of the 81 samples left for training
-    assert calls == ["perturb", "penalty", "penalty", "after_step"] * batches
+    assert calls == ["augment", "perturb", "penalty", "penalty", "after_step"] * batches
+    known = dict(zip(map(tuple, data.pixels().flatten(1).tolist()), data.labels, strict=True))
+    assert [known[tuple(p)] for p in pictures] == labels  # each picture keeps its label
     assert 2000 < loss < 2010
 
 

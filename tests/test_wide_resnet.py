@@ -1,5 +1,9 @@
 """The wide residual network: what it computes, its normal form, and training that survives."""
 
+import contextlib
+import copy
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +14,9 @@ from lipcert import losses, recipes
 from lipcert.bounds import Product
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Slope, Sum
+from lipcert.layers import RecordingBatchNorm2d, last_batch_variances
 from lipcert.recipes.parts import nesterov, product_by_power_iteration
+from lipcert.recipes.svhn import BatchProduct
 from lipcert.wide_resnet import WideResNet
 
 SHAPE = (3, 8, 8)
@@ -37,6 +43,7 @@ def test_the_published_size():
     layers = [m for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and "short" not in n]
     assert len(layers) + 1 == 14  # and two shortcuts make the 16 of the name
     assert {m.p for m in net.modules() if isinstance(m, nn.Dropout)} == {0.4}
+    assert {m.eps for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {2e-5}
     assert all(m.bias is None for m in layers)
 
 
@@ -63,6 +70,24 @@ def test_the_averaging_variant_averages_before_its_shortcut_convolutions():
     assert average.blocks[0].shortcut.stride == (1, 1)  # nothing to halve: as in the other variant
     sizes = [sum(p.numel() for p in net.parameters()) for net in (plain, average)]
     assert sizes[0] == sizes[1]
+
+
+def test_the_parseval_variant_divides_convolutions_and_weighs_its_sums():
+    plain, net = small().eval(), small(parseval=True).eval()
+    for block, ours in zip(plain.blocks, net.blocks, strict=True):
+        ours.join.shares.data = torch.tensor([0.3, 0.7])
+        block.conv1.weight.data = ours.conv1.weight / 3
+        block.conv2.weight.data = 0.3 * ours.conv2.weight / 3
+        block.shortcut.weight.data = 0.7 * ours.shortcut.weight  # 1 x 1
+        block.norm1, block.norm2 = ours.norm1, ours.norm2
+    plain.stem.weight.data = net.stem.weight / 3
+    plain.norm, plain.head = net.norm, net.head
+    x = torch.rand(3, *SHAPE)
+    torch.testing.assert_close(net(x), plain(x))
+    graph = lc.trace(net, SHAPE)
+    torch.testing.assert_close(graph.values(x)[graph.output], net(x))
+    constants = [float(lc.lipschitz(n, SHAPE)) for n in (net, plain)]
+    assert constants[0] == pytest.approx(constants[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(3, 30, 32), (3, 32, 33)])
@@ -113,9 +138,9 @@ def test_no_slope_exceeds_the_bound(average):
 class Training:
     """LMT on one network, step by step."""
 
-    def __init__(self, net, eps=0.05, shape=SHAPE):
+    def __init__(self, net, eps=0.05, shape=SHAPE, bound=product_by_power_iteration):
         self.net, self.eps = net.train(), eps
-        self.bound = product_by_power_iteration(lc.trace(net, shape))
+        self.bound = bound(lc.trace(net, shape))
         self.optimiser = nesterov(net.parameters(), 0.01)
 
     def step(self, x, y):
@@ -224,3 +249,123 @@ def test_the_recipes_train_this_network():
         assert net.head.in_features == 256
         strided = net.blocks[2].shortcut
         assert isinstance(strided, nn.Sequential) == average
+
+
+# ---------------------------------------------------------------- constants of the mini-batch
+
+
+def recording():
+    """A convolution, its normalisation and a dense layer; everything differs from its start."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3, bias=False), RecordingBatchNorm2d(3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(12, 4),
+    )  # fmt: skip
+    nn.init.uniform_(net[1].weight, 0.5, 2)
+    net[1].running_var.uniform_(3, 5)
+    return net
+
+
+def by_hand(net, x, weight):
+    """The constants of all pairs by the variance of the batch, written out with matrices."""
+    convolved = F.conv2d(x, weight)
+    variance = (convolved - convolved.mean((0, 2, 3), keepdim=True)).square().mean((0, 2, 3))
+    basis = torch.eye(32).reshape(32, 2, 4, 4)
+    gain = net[1].weight / (variance + net[1].eps).sqrt()
+    matrix = (F.conv2d(basis, weight) * gain[:, None, None]).flatten(1)
+    rows = net[4].weight
+    return torch.linalg.matrix_norm(matrix, 2) * (rows[:, None] - rows).norm(dim=2)
+
+
+def test_the_training_constant_divides_by_the_deviation_of_the_batch():
+    net, x = recording().train(), 3 * torch.rand(5, 2, 4, 4)
+    bound = BatchProduct(lc.trace(net, (2, 4, 4)))
+    net(x)
+    constants = bound(x)
+    assert constants.kind == lc.Kind.ESTIMATE
+    K, expected = constants.dense()[0], by_hand(net, x, net[0].weight)
+    torch.testing.assert_close(K, expected)
+    eval_mode = Product(bound.graph)().dense()[0]
+    assert K[0, 1] > 1.5 * eval_mode[0, 1]  # the two are told apart
+
+
+def test_the_training_constant_has_the_gradient_through_the_statistics():
+    net, x = recording().train(), 3 * torch.rand(5, 2, 4, 4)
+    bound = BatchProduct(lc.trace(net, (2, 4, 4)))
+    weights = torch.rand(4, 4)
+    net(x)
+    (weights * bound(x).dense()[0]).sum().backward()
+    kernel = net[0].weight.detach().clone().requires_grad_()
+    gain = net[1].weight
+    expected = torch.autograd.grad((weights * by_hand(net, x, kernel)).sum(), (kernel, gain))
+    torch.testing.assert_close(net[0].weight.grad, expected[0])
+    torch.testing.assert_close(gain.grad, expected[1])
+    # The constant does not depend on the size of the kernel, so neither does its gradient point
+    # along the kernel; without the gradient of the variance it would.
+    assert abs((expected[0] * kernel).sum()) < 1e-4 * expected[0].norm() * kernel.norm()
+
+
+def test_certificates_use_running_statistics_and_change_no_state():
+    net, x = recording().train(), 3 * torch.rand(5, 2, 4, 4)
+    bound, plain = (make(lc.trace(net, (2, 4, 4))) for make in (BatchProduct, Product))
+    net(x)
+    bound(x)
+    before = {n: t.clone() for n, t in net.state_dict().items()} | {"": net[1].batch_var.clone()}
+    certificate = lc.certify(net, x, bound=bound)  # of a net in training mode
+    expected = lc.certify(net, x, bound=plain)
+    assert certificate.kind == expected.kind == lc.Kind.UPPER
+    assert torch.equal(certificate.radius, expected.radius)
+    net.eval()
+    net(torch.rand(9, 2, 4, 4))
+    assert torch.equal(bound().dense(), plain().dense())
+    after = net.state_dict() | {"": net[1].batch_var}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_running_statistics_are_back_after_an_error_and_the_net_can_be_copied():
+    net = recording().train()
+    net(torch.rand(5, 2, 4, 4))
+    running = net[1].running_var
+    with last_batch_variances(net):
+        assert net[1].running_var is net[1].batch_var
+    assert net[1].running_var is running
+    with contextlib.suppress(ZeroDivisionError), last_batch_variances(net):
+        raise ZeroDivisionError
+    assert net[1].running_var is running
+    assert torch.equal(copy.deepcopy(net)[1].batch_var, net[1].batch_var)
+
+
+def test_without_a_batch_or_a_recording_layer_there_is_no_training_constant():
+    net = recording().train()
+    with pytest.raises(LipcertError, match="no batch variance in this Sequential"):
+        BatchProduct(lc.trace(net, (2, 4, 4)))()
+    with pytest.raises(LipcertError, match="no batch variance in this WideResNet"):
+        BatchProduct(lc.trace(small().train(), SHAPE))()
+
+
+def test_a_recording_network_is_the_same_function_with_the_same_state():
+    plain, net = small(), small(norm=RecordingBatchNorm2d)
+    net.load_state_dict(plain.state_dict())
+    x = torch.rand(3, *SHAPE)
+    for mode in (True, False):
+        torch.manual_seed(1)
+        expected = plain.train(mode)(x)
+        torch.manual_seed(1)
+        assert torch.equal(net.train(mode)(x), expected)
+    assert net.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_the_recipe_trains_with_the_constants_of_the_batch():
+    recipe, plain = (recipes.get(f"lmt-svhn-wrn16_4{end}") for end in ("-batch", ""))
+    fields = [f.name for f in dataclasses.fields(plain)]
+    differing = {f for f in fields if getattr(recipe, f) != getattr(plain, f)}
+    assert differing == {"name", "summary", "model", "bound"}
+    net = recipe.model(in_shape=SVHN, classes=10)
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {type(m) for m in norms} == {RecordingBatchNorm2d}
+    training = Training(small(norm=RecordingBatchNorm2d, dropout=0.0), bound=recipe.bound)
+    assert type(training.bound) is BatchProduct
+    x, y = pictures(20)
+    curve = [training.step(x, y) for _ in range(15)]
+    training.check()
+    assert curve[-1] < curve[0]

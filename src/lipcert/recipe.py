@@ -17,6 +17,7 @@ from lipcert.radii import parse_radius
 from lipcert.schedules import Constant, Schedule
 
 Optimiser = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+Augmentation = Callable[[Tensor], Tensor]
 Perturbation = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 _ALWAYS_ONE = Constant(1.0)
 
@@ -59,6 +60,8 @@ class Recipe:
         learning_rate_schedule: Factor on it.
         penalties: Each makes a module for the network; what it returns when called without
             arguments, a scalar, is added to the loss. Its buffers are saved in checkpoints.
+        augment: Gives the pictures to train on in place of a batch, pixels in [0, 1]; drawn from
+            torch's global generator.
         perturb: `perturb(network, inputs, labels, radius)` gives the inputs to train on in place of
             a batch; loss and training accuracy are then of these.
         after_step: Called with the network after each step of the optimiser, without gradients.
@@ -84,6 +87,7 @@ class Recipe:
     eps_schedule: Schedule = _ALWAYS_ONE
     learning_rate_schedule: Schedule = _ALWAYS_ONE
     penalties: tuple[Callable[[nn.Module], nn.Module], ...] = ()
+    augment: Augmentation | None = None
     perturb: Perturbation | None = None
     after_step: Callable[[nn.Module], None] | None = None
     validation: float = 0.1

@@ -88,6 +88,23 @@ class Steps:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """v(t) = before for t < at, else after."""
+
+    before: float
+    after: float
+    at: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.at <= 1:
+            raise LipcertError(f"{self}: at is a share of the training and lies in [0, 1]")
+
+    def __call__(self, progress: float) -> float:
+        """The value at this progress."""
+        return self.before if progress < self.at else self.after
+
+
+@dataclass(frozen=True)
 class Exponential:
     """v(t) = start^(1 - s) * end^s with until = 1: straight on a logarithmic scale."""
 

@@ -26,8 +26,12 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise LipcertError(f"--device {device}: not usable here ({reason})") from None
+        reason = str(error).splitlines()[0].split(". ")[0]
+        if "device string" in reason:  # followed by every device that torch was ever built for
+            reason = "torch knows no device of this name"
+        raise LipcertError(
+            f"--device {device}: not usable here ({reason}). Usual names: cpu, cuda, cuda:1, mps."
+        ) from None
 
 
 def open_trained(folder: Path, device: str) -> tuple[Run, nn.Module, Graph]:

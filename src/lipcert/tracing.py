@@ -11,11 +11,12 @@ from torch import Tensor, fx, nn
 
 from lipcert.errors import LipcertError
 from lipcert.fuse import fuse
-from lipcert.graph import Graph, Input, Node, Op, node, signature, topological, unwrap
+from lipcert.graph import Graph, Input, Node, Op, Slope, node, signature, topological, unwrap
 from lipcert.linear_map import Shape
 from lipcert.recording import Recording, record
 from lipcert.rules import registry
 from lipcert.rules.one_lipschitz import join_max_min
+from lipcert.rules.spot_check import slope_fault
 
 _OPS = Op.__args__
 
@@ -25,14 +26,17 @@ def trace(model: nn.Module, input_shape: Shape) -> Graph:
 
     Args:
         model: Any module made of ops with a known rule: one tensor in, one tensor out.
-        input_shape: Shape of one sample, without the batch.
+        input_shape: Shape of one sample, without the batch: (1, 28, 28) for pictures that come as
+            (n, 1, 28, 28). A network that flattens its input runs on samples of shape
+            (1, 1, 28, 28) as well, so a batch axis left in by mistake cannot always be noticed.
 
     Returns:
         The graph. It describes the eval-mode function whatever mode the module is in.
 
     Raises:
         LipcertError: Ops without a rule (all of them are listed, each with its place, the reason
-            and what to do), control flow that depends on the data, or a wrong input shape.
+            and what to do), a rule whose slopes do not hold on a grid of points, control flow that
+            depends on the data, or a wrong input shape.
     """
     if not isinstance(model, nn.Module):
         raise LipcertError(f"trace takes a torch.nn.Module, not a {type(model).__name__}.")
@@ -69,6 +73,7 @@ class _Lowering:
 
     def __init__(self, recording: Recording):
         self.recording = recording
+        self.example = next(iter(recording.ops.nodes)).meta["value"]  # of the network's input
         self.values: dict[fx.Node, Any] = {}
         self.offenders: list[str] = []
 
@@ -127,7 +132,14 @@ class _Lowering:
             if found.shape != tuple(value.shape[1:]):
                 wrong = f"its rule gives the shape {found.shape}, not {tuple(value.shape[1:])}"
                 return self._offend(n, wrong)
-        return self._named(result, n)
+        fresh = self._fresh(result)
+        for found in fresh:
+            if isinstance(found.op, Slope):
+                fault = slope_fault(found.op, found.shape, self.example)
+                if fault is not None:
+                    return self._offend(n, fault)
+            found.name = self.recording.name(n)
+        return result
 
     def _constant(self, n: fx.Node, args, kwargs) -> registry.Live:
         """An op on constants alone: evaluated anew at each call."""
@@ -169,14 +181,11 @@ class _Lowering:
 
         return stand_in(n.meta["value"])
 
-    def _named(self, result: Any, n: fx.Node) -> Any:
-        """Names the new nodes of an op after it."""
+    def _fresh(self, result: Any) -> list[Node]:
+        """The nodes that an op added, in topological order."""
         known = {id(v) for value in self.values.values() for v in _nodes_in(value)}
-        for last in _nodes_in(result):
-            for fresh in topological(last):
-                if id(fresh) not in known and not fresh.name:
-                    fresh.name = self.recording.name(n)
-        return result
+        nodes = (n for last in _nodes_in(result) for n in topological(last))
+        return [n for n in dict.fromkeys(nodes) if id(n) not in known and not n.name]
 
     def _find_overwritten(self) -> None:
         """Lists in-place ops whose old input is still read later: the graph would be wrong."""

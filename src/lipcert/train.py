@@ -98,6 +98,8 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = rate
             x, y = data.pixels(index, device, dtype), labels[index]
+            if recipe.augment is not None:
+                x = recipe.augment(x)
             if recipe.perturb is not None:
                 x = recipe.perturb(net, x, y, eps)
 

@@ -1,10 +1,17 @@
 """The wide residual network of LMT, with its two streams."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lipcert.errors import LipcertError
+from lipcert.layers import ConvexSum, ScaledConv2d
+
+EPS = 2e-5
+"""Added to every variance, as in the code of LMT's authors."""
 
 
 class WideBlock(nn.Module):
@@ -23,25 +30,39 @@ class WideBlock(nn.Module):
         stride: Of the first convolution and of the shortcut.
         dropout: Probability, in training.
         average: Halve the shortcut by average pooling instead of a strided convolution.
+        norm: Makes the normalisation of a number of channels.
+        parseval: Scaled convolutions, and a convex sum in place of the plain one.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int, dropout: float, average: bool):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        dropout: float,
+        average: bool,
+        norm: Callable[[int], nn.Module],
+        parseval: bool,
+    ):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
+        convolution = ScaledConv2d if parseval else nn.Conv2d
+        self.join = ConvexSum() if parseval else None
+        self.conv1 = convolution(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = norm(outputs)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
+        self.conv2 = convolution(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = norm(outputs)
         self.shortcut: nn.Module | None = None
         if inputs != outputs:
             pool = average and stride > 1
-            narrow = nn.Conv2d(inputs, outputs, 1, 1 if pool else stride, bias=False)
+            narrow = convolution(inputs, outputs, 1, 1 if pool else stride, bias=False)
             self.shortcut = nn.Sequential(nn.AvgPool2d(stride), narrow) if pool else narrow
 
     def forward(self, h, b):  # no annotations: tracing calls it with stand-ins for tensors
         """The next pair of streams, each `(n, outputs, height / stride, width / stride)`."""
         a = self.conv2(self.dropout(F.relu(self.norm1(self.conv1(b)))))
-        h = a + (h if self.shortcut is None else self.shortcut(b))
+        kept = h if self.shortcut is None else self.shortcut(b)
+        h = a + kept if self.join is None else self.join(a, kept)
         return h, F.relu(self.norm2(h))
 
 
@@ -59,6 +80,9 @@ class WideResNet(nn.Module):
         blocks: Blocks a group: 6 blocks + 4 layers in all.
         dropout: Probability, in training.
         average: The variant whose strided shortcuts are average pools and 1 x 1 convolutions.
+        norm: The class of its normalisations.
+        parseval: With the changes of Parseval networks: every convolution is divided by the root of
+            its kernel's size, and residual sums are convex ones.
 
     Raises:
         LipcertError: The image is too small or does not halve twice.
@@ -74,18 +98,23 @@ class WideResNet(nn.Module):
         blocks: int = 2,
         dropout: float = 0.4,
         average: bool = False,
+        norm: type[nn.BatchNorm2d] = nn.BatchNorm2d,
+        parseval: bool = False,
     ):
         super().__init__()
+        normalise = partial(norm, eps=EPS)
         channels, height, width = in_shape
         if height % 4 or width % 4:
             raise LipcertError(f"in_shape {in_shape}: height and width must be multiples of 4")
-        self.stem = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(16)
+        self.stem = (ScaledConv2d if parseval else nn.Conv2d)(channels, 16, 3, 1, 1, bias=False)
+        self.norm = normalise(16)
         layers, inputs = [], 16
         for outputs, stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
             for place in range(blocks):
                 step = stride if place == 0 else 1
-                layers.append(WideBlock(inputs, outputs, step, dropout, average))
+                layers.append(
+                    WideBlock(inputs, outputs, step, dropout, average, normalise, parseval)
+                )
                 inputs = outputs
         self.blocks = nn.ModuleList(layers)
         self.pool = nn.AvgPool2d((height // 4, width // 4))

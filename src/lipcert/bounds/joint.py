@@ -9,9 +9,10 @@ from lipcert.graph import Node
 from lipcert.kinds import Constant
 from lipcert.linear_kinds import Scale
 from lipcert.linear_map import LinearMap, Stack
-from lipcert.spectral import PowerIteration, Strategy
+from lipcert.spectral import LOBPCG, Strategy
 
 _UPDATES = 3
+_TOP = LOBPCG(5)
 
 
 def joint_norm(
@@ -38,8 +39,9 @@ def joint_norm(
         theta = _weights(sizes)
         for _ in range(_UPDATES):
             stack = _stack(maps, radii, theta)
-            top = PowerIteration(10).refine(stack, PowerIteration().start(stack))[1]
-            pulled = [map.to(torch.float64).adjoint(top[None]).norm() for map in maps.values()]
+            start = _TOP.start(stack.in_shape, stack.like)
+            top = _TOP.refine(stack, start)[1][:1]
+            pulled = [map.to(torch.float64).adjoint(top).norm() for map in maps.values()]
             theta = _weights(torch.stack(pulled) * torch.stack([radii[s] for s in maps]))
     return strategy(_stack(maps, radii, theta))
 

@@ -14,20 +14,26 @@ Reference: arXiv 2310.00116 for chains of layers with slopes in [0, 1]; the resi
 single neurons, opaque functions and general graphs follow from the same triangle inequality.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lipcert.bounds.cover import circular_cover
 from lipcert.bounds.ends import End, margins, single_logits
 from lipcert.bounds.joint import joint_norm
 from lipcert.bounds.margin import Bound, MarginConstants, device_of, full_precision
-from lipcert.bounds.paths import Paths, rows_at_sources
+from lipcert.bounds.paths import Paths, Step, rows_at_sources
 from lipcert.errors import LipcertError
 from lipcert.graph import Graph, Input, Lipschitz, Node, Slope
 from lipcert.kinds import Constant, Kind, weakest
-from lipcert.spectral import Auto, PowerIteration, Strategy
+from lipcert.linear_map import LinearMap, Matrix
+from lipcert.spectral import Auto, Exact, Fourier, Iterative, Strategy
+
+_DENSE_SIDE = 1024  # Auto: larger maps of convolutions go by frequency, where that is possible
+_MATRIX_BYTES = 2**30
 
 
 class LipLT(Bound):
@@ -55,7 +61,7 @@ class LipLT(Bound):
             raise LipcertError(
                 f"norm={norm!r} is no strategy; give one as a value, e.g. norm=lc.Auto()."
             )
-        if joint and isinstance(self.norm, PowerIteration):
+        if joint and isinstance(self.norm, Iterative):
             raise LipcertError(
                 "joint=True needs a strategy without iterated vectors, e.g. norm=lc.Auto(); train "
                 "with joint=False."
@@ -63,12 +69,11 @@ class LipLT(Bound):
         self._inner = Paths(graph, [n.inputs[0] for n in graph if _spreads(n)])
         self._whole = Paths(graph, [*self._inner.ends, graph.output])
         self._place = {n: place for place, n in enumerate(graph)}
-        if isinstance(self.norm, PowerIteration):
+        if isinstance(self.norm, Iterative):
+            like = torch.empty(0, dtype=_dtype(graph), device=device_of(graph))
             for s in self._whole.starts():
-                shape = len(self._whole.ends_after[s]), *s.shape
-                rows = torch.randn(shape, dtype=_dtype(graph), device=device_of(graph))
-                units = torch.nn.functional.normalize(rows.flatten(1)).reshape(shape)
-                self.register_buffer(self._name(s), units)
+                states = [self.norm.start(s.shape, like) for _ in self._whole.ends_after[s]]
+                self.register_buffer(self._name(s), torch.stack(states))
 
     def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
         """The constants of all pairs; `x` is not looked at."""
@@ -86,7 +91,7 @@ class LipLT(Bound):
         """A Lipschitz constant of the function from the input to a node (or its name)."""
         target = self.graph.node(upto) if isinstance(upto, str) else upto
         with full_precision(self.graph):
-            if isinstance(self.norm, PowerIteration) and target in self._whole.ends:
+            if isinstance(self.norm, Iterative) and target in self._whole.ends:
                 return self._iterated(self._whole)[target]
             return self._swept(_upto(self.graph, self._inner, target))[target]
 
@@ -94,14 +99,14 @@ class LipLT(Bound):
         """A constant of the function from the input to each input of an activation or opaque
         function, and to the output: the sub-network bounds that come along."""
         with full_precision(self.graph):
-            if isinstance(self.norm, PowerIteration):
+            if isinstance(self.norm, Iterative):
                 return self._iterated(self._whole)
             return self._swept(self._whole)
 
     def _ends(self) -> list[End]:
         """For each source of the output: how far it can change, and the rows of its map."""
         with full_precision(self.graph):
-            if isinstance(self.norm, PowerIteration):
+            if isinstance(self.norm, Iterative):
                 reached, dtype = self._iterated(self._inner), _dtype(self.graph)
             else:
                 reached, dtype = self._swept(self._inner), torch.float64
@@ -114,33 +119,31 @@ class LipLT(Bound):
 
     def _swept(self, paths: Paths) -> dict[Node, Constant]:
         """What reaches each end, one norm of one map after the other."""
-        reached: dict[Node, Constant] = {}
-        failure = 0.0
-        for end, maps in paths.maps(paths.steps()).items():
-            norms = {s: self.norm(map) for s, map in maps.items()}
-            radii = {s: _radius(s, reached) for s in maps}
-            device = device_of(self.graph)
-            value = torch.stack(
-                [norms[s].value.to(device) * radii[s].value.to(device) for s in maps]
-            ).sum()
-            failure += sum(norm.failure for norm in norms.values())  # the union over every norm
-            if self.joint and len(maps) > 1:
-                together = joint_norm(maps, {s: radii[s].value for s in maps}, norms, self.norm)
-                failure += together.failure
-                value = torch.minimum(value, together.value)
-            kind = weakest(part.kind for part in (*norms.values(), *radii.values()))
-            reached[end] = Constant(value, kind, min(1.0, failure))
-        return reached
+        maps = paths.maps(paths.steps())
+        known: dict[Node, Constant] = {}
+        if isinstance(self.norm, Auto):
+            large = [end for end in paths.ends if _is_large(maps[end])]
+            known = _by_frequency(large, paths, self.graph)
+        if isinstance(self.norm, Auto | Exact) and not torch.is_grad_enabled():
+            steps = paths.steps(torch.empty(0, dtype=torch.float64, device=device_of(self.graph)))
+            for end in paths.ends:
+                if end not in known and len(maps[end]) > 1 and _fits_memory(end, maps[end]):
+                    maps[end] = _matrices(self.graph, end, steps)
+        return _sweep(maps, self.norm, self.joint, known)
 
     def _iterated(self, paths: Paths) -> dict[Node, Constant]:
         """The same by power iteration, all maps at once, from the vectors kept."""
-        assert isinstance(self.norm, PowerIteration)
+        assert isinstance(self.norm, Iterative)
         kept = {s: getattr(self, self._name(s)) for s in paths.starts()}
-        steps = paths.steps(torch.empty(0, dtype=_dtype(self.graph), device=device_of(self.graph)))
+        like = torch.empty(0, dtype=_dtype(self.graph), device=device_of(self.graph))
+        steps = paths.steps(like)
         # The output comes last in the graph, so its rows are the last ones kept.
-        vectors = {s: rows[: len(paths.ends_after[s])] for s, rows in kept.items()}
+        state = {s: rows[: len(paths.ends_after[s])] for s, rows in kept.items()}
         norms, better = self.norm.refine_many(
-            lambda rows: paths.push(steps, rows), lambda rows: paths.pull(steps, rows), vectors
+            lambda rows: paths.push(steps, rows),
+            lambda rows: paths.pull(steps, rows),
+            state,
+            paths.order.to(like.device),
         )
         for s, rows in kept.items():
             fresh = torch.cat([better[s], rows[len(better[s]) :]])
@@ -153,6 +156,64 @@ class LipLT(Bound):
 
     def _name(self, source: Node) -> str:
         return f"vectors_{self._place[source]}"
+
+
+def _sweep(
+    maps: Mapping[Node, Mapping[Node, LinearMap]],
+    norm: Strategy,
+    joint: bool,
+    known: Mapping[Node, Constant],
+) -> dict[Node, Constant]:
+    """What reaches each end, from the first to the last; `known` is taken as it is."""
+    reached: dict[Node, Constant] = {}
+    failure = 0.0
+    for end, terms in maps.items():
+        if end in known:
+            reached[end] = known[end]
+            continue
+        norms = {s: norm(map) for s, map in terms.items()}
+        radii = {s: _radius(s, reached) for s in terms}
+        values = [norms[s].value * radii[s].value.to(norms[s].value) for s in terms]
+        value = torch.stack([v.to(values[-1].device) for v in values]).sum()
+        failure += sum(constant.failure for constant in norms.values())  # the union over every norm
+        if joint and len(terms) > 1:
+            together = joint_norm(terms, {s: radii[s].value for s in terms}, norms, norm)
+            failure += together.failure
+            value = torch.minimum(value, together.value.to(value))
+        kind = weakest(part.kind for part in (*norms.values(), *radii.values()))
+        reached[end] = Constant(value, kind, min(1.0, failure))
+    return reached
+
+
+def _is_large(maps: Mapping[Node, LinearMap]) -> bool:
+    return any(min(map.in_size, map.out_size) > _DENSE_SIDE for map in maps.values())
+
+
+def _fits_memory(end: Node, maps: Mapping[Node, LinearMap]) -> bool:
+    rows = math.prod(end.shape)
+    numbers = rows * sum(map.in_size for map in maps.values())
+    return rows <= _DENSE_SIDE and 8 * numbers <= _MATRIX_BYTES
+
+
+def _matrices(graph: Graph, end: Node, steps: Mapping[Node, Step]) -> dict[Node, LinearMap]:
+    """The maps of a small end as matrices, all from one sweep back."""
+    size = math.prod(end.shape)
+    rows = torch.eye(size, dtype=torch.float64, device=device_of(graph)).reshape(-1, *end.shape)
+    found = rows_at_sources(graph, end, rows, steps)
+    return {s: Matrix(s.shape, end.shape, found[s].flatten(1)) for s in reversed(found)}
+
+
+def _by_frequency(large: list[Node], paths: Paths, graph: Graph) -> dict[Node, Constant]:
+    """What reaches those of the large ends that have a cover, from the circular network."""
+    cover = circular_cover(graph) if large else None
+    if cover is None:
+        return {}
+    wanted = [end for end in large if end in cover.of]
+    upto = paths.ends.index(wanted[-1]) + 1 if wanted else 0
+    ends = [cover.of[end] for end in paths.ends[:upto] if end in cover.of]
+    circular = Paths(cover.graph, ends)
+    reached = _sweep(circular.maps(circular.steps()), Fourier(), False, {})
+    return {end: reached[cover.of[end]] for end in wanted}
 
 
 def _spreads(n: Node) -> bool:

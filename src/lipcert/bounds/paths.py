@@ -76,6 +76,7 @@ class Paths:
         ends: The ends in topological order.
         sources: For each node that matters, the sources it depends on, in topological order.
         ends_after: For each node that matters, the ends at it or after it, in that order.
+        order: For each pair (source, end after it) its place among the pairs (end, source of it).
     """
 
     def __init__(self, graph: Graph, ends: Sequence[Node]):
@@ -95,6 +96,11 @@ class Paths:
             if not isinstance(n.op, Lipschitz):
                 before.update(s for i in n.inputs for s in self.sources[i])
             self.sources[n] = tuple(sorted(before, key=order.__getitem__))
+
+        by_end = [(s, end) for end in self.ends for s in self.sources[end]]
+        by_source = [(s, end) for s in self.starts() for end in self.ends_after[s]]
+        place = {pair: i for i, pair in enumerate(by_end)}
+        self.order = torch.tensor([place[pair] for pair in by_source], dtype=torch.long)
 
     def starts(self) -> list[Node]:
         """Every source of some end."""
@@ -143,12 +149,11 @@ class Paths:
         held: dict[Node, list[tuple[Tensor, list[int]]]] = {n: [] for n in self._nodes}
         vectors: Vectors = {}
         for n in reversed(self._nodes):
-            if n in self.ends:
-                held[n].append((images[n][None], [0]))
-            y = _placed(held.pop(n), len(self._after(n)), 0)
+            own = [(images[n][None], [0])] if n in self.ends else []
+            y = _placed(own + held.pop(n), len(self._after(n)), 0)
             if is_source(n):
-                emit, own = steps[n].emit, y[:, -1]
-                vectors[n] = own if emit is None else emit.adjoint(own)
+                emit, x = steps[n].emit, y[:, -1]
+                vectors[n] = x if emit is None else emit.adjoint(x)
             if isinstance(n.op, Input | Lipschitz):
                 continue
             for place, i in enumerate(n.inputs):
@@ -254,12 +259,11 @@ def _take(x: Tensor, places: list[int], axis: int) -> Tensor:
 
 def _placed(parts: Sequence[tuple[Tensor, list[int]]], size: int, axis: int) -> Tensor:
     """The parts added up, each at its places of an axis of the given size."""
-    x, places = parts[0]
-    if len(parts) == 1 and places == list(range(size)):
-        return x
-    shape = list(x.shape)
+    if [place for _, places in parts for place in places] == list(range(size)):
+        return parts[0][0] if len(parts) == 1 else torch.cat([x for x, _ in parts], axis)
+    shape = list(parts[0][0].shape)
     shape[axis] = size
-    total = x.new_zeros(shape)
+    total = parts[0][0].new_zeros(shape)
     for x, places in parts:
         total = total.index_add(axis, torch.tensor(places, device=x.device), x)
     return total

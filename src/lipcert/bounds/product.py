@@ -22,7 +22,7 @@ from lipcert.kinds import Constant, Kind, weakest
 from lipcert.linear_kinds import Dense
 from lipcert.linear_map import LinearMap
 from lipcert.simplify import simplify
-from lipcert.spectral import Auto, Strategy
+from lipcert.spectral import Auto, Iterative, Strategy
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Product(Bound):
                 f"norm={norm!r} is no strategy; give one as a value, e.g. norm=lc.Auto()."
             )
         self._buffer_of: dict[Node, str] = {}
-        for place, n in enumerate(graph):
-            if isinstance(n.op, Affine):
-                with torch.no_grad():
-                    vector = self.norm.start(simplify(n.op.map()))
-                if vector is not None:
-                    self._buffer_of[n] = f"vector_{place}"
-                    self.register_buffer(f"vector_{place}", vector)
+        if isinstance(self.norm, Iterative):
+            for place, n in enumerate(graph):
+                if isinstance(n.op, Affine):
+                    self._buffer_of[n] = f"vectors_{place}"
+                    like = n.op.map().like.detach()
+                    start = self.norm.start(n.inputs[0].shape, like)
+                    self.register_buffer(self._buffer_of[n], start)
 
     def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
         """The constants of all pairs; `x` is not looked at."""
@@ -137,11 +137,10 @@ class Product(Bound):
                 return None
 
     def _spectral_norm(self, n: Node, map: LinearMap) -> Constant:
-        name = self._buffer_of.get(n)
-        if name is None:
+        if not isinstance(self.norm, Iterative):
             return self.norm(map)
-        vector = getattr(self, name)
-        constant, better = self.norm.refine(simplify(map), vector)
+        name = self._buffer_of[n]
+        constant, better = self.norm.refine(simplify(map), getattr(self, name))
         setattr(self, name, better)  # a fresh tensor: the old one may be in someone's graph
         return constant
 

@@ -1,5 +1,15 @@
 """Plain PyTorch modules with known Lipschitz constants; they know nothing of bounds."""
 
-from lipcert.layers.activations import MaxMin, Normalize
+from lipcert.layers.activations import Householder, MaxMin, Normalize
+from lipcert.layers.batch_norm import RecordingBatchNorm2d, last_batch_variances
+from lipcert.layers.parseval import ConvexSum, ScaledConv2d
 
-__all__ = ["MaxMin", "Normalize"]
+__all__ = [
+    "ConvexSum",
+    "Householder",
+    "MaxMin",
+    "Normalize",
+    "RecordingBatchNorm2d",
+    "ScaledConv2d",
+    "last_batch_variances",
+]

@@ -1,5 +1,6 @@
-"""Elementary modules: the MaxMin activation and the normalisation of inputs."""
+"""Elementary modules: 1-Lipschitz activations and the normalisation of inputs."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,58 @@ class MaxMin(nn.Module):
             )
         a, b = x.chunk(2, dim=1)
         return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
+
+
+class Householder(nn.Module):
+    """Reflects pairs of channels where they lie on one side of a learned line (HH, order 1).
+
+    Unit c is paired with unit c + C/2 along dimension 1. With the pair (a, b), its angle t and
+    v = (sin(t/2), -cos(t/2)) the pair becomes
+
+        (a, b) - 2 max(0, v . (a, b)) v
+
+    that is (a cos t + b sin t, a sin t - b cos t) where v . (a, b) > 0, and (a, b) elsewhere. Both
+    pieces are isometries and they agree on the line, so the map is 1-Lipschitz in L2 for every
+    angle, and its Jacobian is orthogonal: neither values nor gradients lose their norm. At the
+    start, t = pi/2, each pair is sorted, the smaller one first.
+
+    Args:
+        channels: Number of channels C, even.
+
+    Attributes:
+        angle: The angles t in radians, a parameter of shape (channels / 2,).
+
+    Raises:
+        LipcertError: The number of channels is not positive and even; in ``forward``, the input
+            has another one.
+
+    Reference: arXiv 2108.04062 (Householder activations).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        if channels < 2 or channels % 2:
+            raise LipcertError(
+                f"Householder pairs channels, so channels={channels} must be positive and even"
+            )
+        self.angle = nn.Parameter(torch.full((channels // 2,), math.pi / 2))
+
+    def forward(self, x: Float[Tensor, "b channels *rest"]) -> Float[Tensor, "b channels *rest"]:
+        """Applies the activation."""
+        if x.shape[1] != 2 * len(self.angle):
+            raise LipcertError(
+                f"Householder was made for {2 * len(self.angle)} channels, "
+                f"but its input has the shape {tuple(x.shape)}"
+            )
+        half = (self.angle / 2).view(-1, *(1,) * (x.ndim - 2)).to(x)
+        sine, cosine = half.sin(), half.cos()
+        a, b = x.chunk(2, dim=1)
+        beyond = 2 * (a * sine - b * cosine).clamp(min=0)
+        return torch.cat([a - beyond * sine, b + beyond * cosine], dim=1)
+
+    def extra_repr(self) -> str:
+        """The number of channels, for ``print(model)``."""
+        return f"{2 * len(self.angle)}"
 
 
 class Normalize(nn.Module):
@@ -75,5 +128,5 @@ class Normalize(nn.Module):
         return (x - self.mean.view(shape)) / self.std.view(shape)
 
     def extra_repr(self) -> str:
-        """The numbers, for ``print(model)``."""
-        return f"mean={self.mean.tolist()}, std={self.std.tolist()}"
+        """The number of channels, for ``print(model)``: the numbers are state, as weights are."""
+        return f"{len(self.mean)}"

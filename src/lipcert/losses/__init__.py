@@ -6,9 +6,23 @@ protects for sample b: ``loss.protects(logits, labels)``. No loss knows how K wa
 """
 
 from lipcert.losses.ce import ce
+from lipcert.losses.crm import boosted_cross_entropy, crm, crm_max
 from lipcert.losses.emma import emma
 from lipcert.losses.gloro import gloro, gloro_trades
 from lipcert.losses.lmt import lmt
 from lipcert.losses.protects import Loss, label, prediction, protects
 
-__all__ = ["Loss", "ce", "emma", "gloro", "gloro_trades", "label", "lmt", "prediction", "protects"]
+__all__ = [
+    "Loss",
+    "boosted_cross_entropy",
+    "ce",
+    "crm",
+    "crm_max",
+    "emma",
+    "gloro",
+    "gloro_trades",
+    "label",
+    "lmt",
+    "prediction",
+    "protects",
+]

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
+from lipcert.layers import ConvexSum
 from lipcert.linear_kinds import Dense
 from lipcert.spectral import PowerIteration
 
@@ -43,7 +44,9 @@ class SpectralNormPenalty(nn.Module):
         self._norm = PowerIteration(1)
         for place, layer in enumerate(self._layers):
             with torch.no_grad():
-                self.register_buffer(f"vector_{place}", self._norm.start(_matrix(layer)))
+                matrix = _matrix(layer)
+                start = self._norm.start(matrix.in_shape, matrix.like.detach())
+                self.register_buffer(f"vector_{place}", start)
 
     def forward(self) -> Float[Tensor, ""]:
         """The penalty with the weights as they are now."""
@@ -56,14 +59,42 @@ class SpectralNormPenalty(nn.Module):
         return self.strength / 2 * torch.stack(norms).square().sum()
 
 
+class LastLayerDecay(nn.Module):
+    """strength / 2 * the sum of squares of weights and bias of the last dense layer.
+
+    Its gradient is weight decay of that layer alone.
+
+    Args:
+        net: The network; it is read anew at each call and not registered.
+        strength: The decay, >= 0.
+
+    Raises:
+        LipcertError: The strength is negative, or the network has no dense layer.
+    """
+
+    def __init__(self, net: nn.Module, strength: float):
+        super().__init__()
+        if not strength >= 0:
+            raise LipcertError(f"LastLayerDecay(strength={strength}): needs a number >= 0.")
+        dense = [layer for layer in _layers(net).values() if isinstance(layer, nn.Linear)]
+        if not dense:
+            raise LipcertError(f"{type(net).__name__} has no dense layer that could decay.")
+        self.strength = strength
+        self._layer = (dense[-1],)  # in a tuple, a module is not registered
+
+    def forward(self) -> Float[Tensor, ""]:
+        """The penalty with the weights as they are now."""
+        squares = [p.square().sum() for p in self._layer[0].parameters()]
+        return self.strength / 2 * torch.stack(squares).sum()
+
+
 @dataclass(frozen=True)
 class Parseval:
     """One step of W <- (1 + beta) W - beta W W^T W on every layer but the last dense one.
 
     Each singular value moves by beta * (s - s^3) towards 1: flattened kernels tend to orthonormal
-    rows (columns, if those are fewer). The parts of Parseval networks that change the network, the
-    scaled convolutions and convex sums, are not in here. To be called without gradients, after the
-    optimiser's step.
+    rows (columns, if those are fewer). The shares of every `ConvexSum` are projected. To be called
+    without gradients, after the optimiser's step.
 
     Attributes:
         beta: Size of the step, > 0. A singular value above sqrt(1 + 2 / beta) would grow.
@@ -96,6 +127,9 @@ class Parseval:
             w = layer.weight.flatten(1)
             step = (1 + self.beta) * w - self.beta * torch.linalg.multi_dot([w, w.mT, w])
             layer.weight.copy_(step.view_as(layer.weight))
+        for module in net.modules():
+            if isinstance(module, ConvexSum):
+                module.project()
 
 
 def _layers(net: nn.Module) -> dict[str, Layer]:

@@ -53,6 +53,12 @@ def widened(logits: Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def check_radius(eps: float) -> None:
+    """Raises LipcertError unless the radius of a loss is >= 0."""
+    if not eps >= 0:
+        raise LipcertError(f"the radius eps of a loss must be >= 0, got {eps}")
+
+
 def reach(
     logits: Float[Tensor, "b c"],
     classes: Int[Tensor, "b"],
@@ -74,8 +80,7 @@ def reach(
     Raises:
         LipcertError: eps is negative or NaN.
     """
-    if not eps >= 0:
-        raise LipcertError(f"the radius eps of a loss must be >= 0, got {eps}")
+    check_radius(eps)
     return (eps * K_row.to(logits.dtype)).scatter(1, classes.unsqueeze(1), 0.0)
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from lipcert.errors import LipcertError
 from lipcert.recipe import Recipe
-from lipcert.recipes import baselines
+from lipcert.recipes import baselines, crm
 from lipcert.recipes.digits import gloro_digits, lmt_digits
 from lipcert.recipes.mnist import gloro_mnist, lmt_mnist
-from lipcert.recipes.svhn import lmt_svhn, lmt_svhn_average
+from lipcert.recipes.svhn import lmt_svhn, lmt_svhn_average, lmt_svhn_batch
 
 _RECIPES: dict[str, Callable[[], Recipe]] = {
     make().name: make
@@ -16,7 +16,10 @@ _RECIPES: dict[str, Callable[[], Recipe]] = {
         *(lmt_mnist, gloro_mnist),
         *(baselines.plain, baselines.weight_decay, baselines.parseval),
         *(baselines.spectral_norm_regularisation, baselines.adversarial),
-        *(lmt_svhn, lmt_svhn_average),
+        baselines.parseval_svhn,
+        *(crm.crm_digits, crm.crm_mnist),
+        *(crm.crm_cifar10, crm.crm_cifar10_bcp, crm.crm_cifar10_deepest, crm.crm_tiny),
+        *(lmt_svhn, lmt_svhn_average, lmt_svhn_batch),
     )
 }
 

@@ -20,10 +20,13 @@ def product_by_power_iteration(graph: Graph) -> Bound:
 
 
 def adam(
-    parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float = 0.0
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    epsilon: float = 1e-8,
 ) -> torch.optim.Optimizer:
     """Adam with its default moments; the decay of all parameters is part of the gradient."""
-    return torch.optim.Adam(parameters, learning_rate, weight_decay=weight_decay)
+    return torch.optim.Adam(parameters, learning_rate, eps=epsilon, weight_decay=weight_decay)
 
 
 def nesterov(

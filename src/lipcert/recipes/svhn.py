@@ -2,12 +2,18 @@
 
 import dataclasses
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lipcert import losses
+from lipcert.bounds import Bound, MarginConstants, Product
+from lipcert.graph import Graph
+from lipcert.kinds import Kind
+from lipcert.layers import RecordingBatchNorm2d, last_batch_variances
 from lipcert.recipe import Published, Recipe
 from lipcert.recipes.parts import RECALLED, nesterov, product_by_power_iteration
 from lipcert.schedules import Linear, Steps
+from lipcert.spectral import PowerIteration
 from lipcert.wide_resnet import WideResNet
 
 SVHN = "ufldl-stanford/svhn:cropped_digits"
@@ -17,6 +23,37 @@ _SOURCE = "LMT, arXiv 1802.04034, section 6"
 def _average(in_shape: tuple[int, int, int], classes: int) -> nn.Module:
     """The variant whose strided shortcuts average."""
     return WideResNet(in_shape, classes, average=True)
+
+
+def _recording(in_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The network whose normalisations record the variance of the batch."""
+    return WideResNet(in_shape, classes, norm=RecordingBatchNorm2d)
+
+
+class BatchProduct(Product):
+    """The product bound of the function that a network in training mode is on its last batch.
+
+    BatchNorm counts with the variance of that batch, through which gradients flow, dropout as the
+    identity. It says nothing about the network in eval mode, so it is always an estimate. While
+    the network is in eval mode, as `certify` has it, this is `Product`.
+    """
+
+    def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
+        """The constants of all pairs; `x` is not looked at.
+
+        Raises:
+            LipcertError: In training mode, if no batch has gone through the network.
+        """
+        if not self.graph.model.training:
+            return super().forward(x)
+        with last_batch_variances(self.graph.model):
+            constants = super().forward(x)
+        return dataclasses.replace(constants, kind=Kind.ESTIMATE, failure=0.0)
+
+
+def _batch_product(graph: Graph) -> Bound:
+    """The bound with one warm power-iteration step a call."""
+    return BatchProduct(graph, norm=PowerIteration(1))
 
 
 def lmt_svhn() -> Recipe:
@@ -64,4 +101,19 @@ def lmt_svhn_average() -> Recipe:
             Published("median certified radius, at least", 0.08, _SOURCE, RECALLED),
             Published("clean accuracy", 0.86, _SOURCE, RECALLED),
         ),
+    )
+
+
+def lmt_svhn_batch() -> Recipe:
+    """The same with the authors' training constant: BatchNorm by the variance of the mini-batch.
+
+    The other recipes train with the constant of the eval-mode function. Certificates are those of
+    that function here, too.
+    """
+    return dataclasses.replace(
+        lmt_svhn(),
+        name="lmt-svhn-wrn16_4-batch",
+        summary="As lmt-svhn-wrn16_4, its training constant by the variance of the mini-batch",
+        model=_recording,
+        bound=_batch_product,
     )

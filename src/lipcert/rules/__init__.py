@@ -1,15 +1,26 @@
 """Rules: facts about ops. Importing this package fills the table."""
 
-from lipcert.rules import activation, affine, one_lipschitz, resampling, structural, vector
+from lipcert.rules import (
+    affine,
+    arithmetic,
+    one_lipschitz,
+    piecewise,
+    resampling,
+    smooth,
+    structural,
+    vector,
+)
 from lipcert.rules.registry import refuse, rule
 
 __all__ = [
-    "activation",
     "affine",
+    "arithmetic",
     "one_lipschitz",
+    "piecewise",
     "refuse",
     "resampling",
     "rule",
+    "smooth",
     "structural",
     "vector",
 ]

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lipcert.convolution import convolution
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Node
-from lipcert.layers import Normalize
+from lipcert.layers import Normalize, RecordingBatchNorm2d
 from lipcert.linear_kinds import Dense, Scale
 from lipcert.linear_map import LinearMap
 from lipcert.rules.registry import Live, attribute, live, rule
@@ -181,7 +181,7 @@ def _batch_norm(
     return Affine(map, shift)
 
 
-@rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+@rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, RecordingBatchNorm2d)
 def _batch_norm_module(module: _BatchNorm, x: Node) -> Affine:
     mean, variance = attribute(module, "running_mean"), attribute(module, "running_var")
     weight, bias = attribute(module, "weight"), attribute(module, "bias")

@@ -1,6 +1,7 @@
-"""Rules of ops that copy, add, scale or stack values: reshapes, slices, sums, concatenations."""
+"""Rules of ops that copy, stack or overlap values: reshapes, slices, blocks, concatenations."""
 
 import builtins
+import math
 import operator
 from collections.abc import Callable
 
@@ -9,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
-from lipcert.graph import Affine, Concat, Node, Sum, node
-from lipcert.linear_kinds import Index, Scale, identity
-from lipcert.linear_map import LinearMap, Shape
-from lipcert.rules.registry import Key, Live, live, refuse, rule
+from lipcert.graph import Affine, Concat, Input, Node, node
+from lipcert.linear_kinds import Index, identity
+from lipcert.linear_map import LinearMap
+from lipcert.rules.registry import Key, Live, refuse, rule
 
 # Rules see batches of this size; two samples show whether an op keeps them apart.
 BATCH = 2
@@ -94,6 +95,22 @@ def _copying_module(module: nn.Module, x: Node) -> Affine:
     return copying(module, x)
 
 
+@rule(F.fold)
+def _fold(x: Node, output_size, kernel_size, dilation=1, padding=0, stride=1) -> Affine:
+    """Overlapping blocks added up: the adjoint of cutting the image into blocks."""
+    height, width = (output_size,) * 2 if isinstance(output_size, int) else output_size
+    kernel = (kernel_size,) * 2 if isinstance(kernel_size, int) else tuple(kernel_size)
+    image = Node(Input(), (), (x.shape[0] // math.prod(kernel), height, width))
+    blocks = copying(lambda t: F.unfold(t, kernel, dilation, padding, stride), image).map()
+    return fixed(blocks.T)
+
+
+@rule(nn.Fold)
+def _fold_module(module: nn.Fold, x: Node) -> Affine:
+    m = module
+    return _fold(x, m.output_size, m.kernel_size, m.dilation, m.padding, m.stride)
+
+
 @rule(
     *(getattr(nn, f"{kind}Pad{n}d") for n in (1, 2, 3) for kind in ("Zero", "Reflection")),
     *(getattr(nn, f"{kind}Pad{n}d") for n in (1, 2, 3) for kind in ("Replication", "Circular")),
@@ -170,97 +187,6 @@ def _cat(tensors, dim: int = 0) -> Node:
 @rule(torch.stack)
 def _stack(tensors, dim: int = 0) -> Node:
     return _joined(list(tensors), dim, lambda ts: torch.stack(ts, dim))
-
-
-def _broadcast(x: Node, shape: torch.Size) -> Node:
-    if x.shape == tuple(shape):
-        return x
-    return node(copying(lambda t: _align(t, len(shape)).expand(BATCH, *shape), x), x)
-
-
-def _align(t: Tensor, rank: int) -> Tensor:
-    """Broadcasting lines shapes up at the end; the batch axis must stay in front."""
-    if t.ndim != rank + 1:
-        raise LipcertError("operands of different rank; reshape one of them first")
-    return t
-
-
-def _for_one_sample(constant: Live, shape: Shape) -> Live:
-    """A constant without its batch axis.
-
-    Raises:
-        LipcertError: It differs between the samples, or does not broadcast to the shape.
-    """
-    given = constant().shape
-    batched = len(given) > len(shape)
-    if batched and given[0] != 1:
-        raise LipcertError(f"a constant of shape {tuple(given)} that differs between the samples")
-    if torch.broadcast_shapes(shape, given[batched:]) != shape:
-        raise LipcertError(f"a constant of shape {tuple(given)} enlarges {shape}; expand it first")
-    return Live(lambda: constant()[0]) if batched else constant
-
-
-def _scaled(x: Node, constant: Live) -> Node:
-    factor = _for_one_sample(constant, x.shape)
-    return node(Affine(lambda: Scale(x.shape, x.shape, factor())), x)
-
-
-def _shifted(x: Node, constant: Live) -> Node:
-    same = identity(x.shape)
-    return node(Affine(lambda: same, _for_one_sample(constant, x.shape)), x)
-
-
-def _times(x: Node, factor: float) -> Node:
-    number = live(factor)
-    assert number is not None
-    return x if factor == 1 else _scaled(x, number)
-
-
-@rule(operator.add, operator.iadd, torch.add, "add", "add_")
-def _add(x, y, *, alpha: float = 1) -> Node:
-    if isinstance(x, Node) and isinstance(y, Node):
-        shape = torch.broadcast_shapes(x.shape, y.shape)
-        return node(Sum(), _broadcast(x, shape), _times(_broadcast(y, shape), alpha))
-    if isinstance(x, Node):
-        constant = _as_live(y)
-        return _shifted(x, Live(lambda: alpha * constant()))
-    return _shifted(_times(y, alpha), _as_live(x))
-
-
-def _as_live(value) -> Live:
-    constant = live(value)
-    assert constant is not None
-    return constant
-
-
-@rule(operator.sub, operator.isub, torch.sub, "sub", "sub_")
-def _subtract(x, y, *, alpha: float = 1) -> Node:
-    return _add(x, y, alpha=-alpha)
-
-
-@rule(torch.rsub)
-def _subtract_from(x, y, *, alpha: float = 1) -> Node:
-    return _subtract(y, x, alpha=alpha)
-
-
-@rule(operator.neg, torch.neg, "neg")
-def _negative(x: Node) -> Node:
-    return _times(x, -1.0)
-
-
-@rule(operator.mul, operator.imul, torch.mul, "mul", "mul_")
-def _multiply(x, y) -> Node:
-    if isinstance(x, Node) and isinstance(y, Node):
-        raise LipcertError("a product of two functions of the input is not Lipschitz")
-    return _scaled(x, _as_live(y)) if isinstance(x, Node) else _scaled(y, _as_live(x))
-
-
-@rule(operator.truediv, operator.itruediv, torch.div, "div", "div_")
-def _divide(x, y) -> Node:
-    if isinstance(y, Node):
-        raise LipcertError("division by a function of the input is not Lipschitz")
-    divisor = _as_live(y)
-    return _scaled(x, Live(lambda: 1 / divisor()))
 
 
 refuse(

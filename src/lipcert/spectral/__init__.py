@@ -5,7 +5,9 @@ from lipcert.spectral.count import Count
 from lipcert.spectral.exact import Exact
 from lipcert.spectral.fourier import Fourier
 from lipcert.spectral.gram import Gram
+from lipcert.spectral.iterative import Iterative
 from lipcert.spectral.lanczos import Lanczos
+from lipcert.spectral.lobpcg import LOBPCG
 from lipcert.spectral.power_bound import PowerBound
 from lipcert.spectral.power_iteration import PowerIteration
 from lipcert.spectral.strategy import Strategy
@@ -16,6 +18,8 @@ __all__ = [
     "Exact",
     "Fourier",
     "Gram",
+    "Iterative",
+    "LOBPCG",
     "Lanczos",
     "PowerBound",
     "PowerIteration",

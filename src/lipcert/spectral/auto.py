@@ -13,7 +13,7 @@ from lipcert.linear_kinds import Dense
 from lipcert.linear_map import Add, Composition, LinearMap, Matrix, Stack, Transpose
 from lipcert.simplify import simplify
 from lipcert.spectral.exact import Exact, closed_form, without_isometries
-from lipcert.spectral.fourier import Fourier, as_convolution
+from lipcert.spectral.fourier import Fourier, fits
 from lipcert.spectral.strategy import Strategy
 
 DENSE_SIDE = 4096
@@ -33,7 +33,7 @@ class Auto(Strategy):
         map = without_isometries(simplify(map.to(torch.float64)))
         if _fits_exact(map):
             return Exact()(map)
-        if as_convolution(map) is not None:
+        if fits(map):
             return Fourier()(map)
         match map:
             case Transpose():
@@ -69,7 +69,7 @@ def _groups(map: Composition) -> list[LinearMap]:
     for factor in map.factors[1:]:
         joint = simplify(factor @ groups[-1])
         # What does not matter to the norm of the group matters to the factor after it.
-        if _fits_exact(without_isometries(joint)) or as_convolution(joint) is not None:
+        if _fits_exact(without_isometries(joint)) or fits(joint):
             groups[-1] = joint
         else:
             groups.append(factor)

@@ -23,8 +23,9 @@ from lipcert.errors import LipcertError
 from lipcert.kinds import Constant, Kind
 from lipcert.linear_map import LinearMap, Transpose
 from lipcert.simplify import simplify
+from lipcert.spectral import circulant
 from lipcert.spectral.exact import nonzero, without_isometries
-from lipcert.spectral.strategy import Strategy
+from lipcert.spectral.strategy import Strategy, wants_gradient
 
 _CHUNK_BYTES = 2**27
 
@@ -42,19 +43,56 @@ class Fourier(Strategy):
     def __call__(self, map: LinearMap) -> Constant:
         conv = as_convolution(map)
         if conv is None:
-            raise LipcertError(
-                f"Fourier() fits convolutions; the map {map.in_shape} -> {map.out_shape} is a "
-                f"{type(without_isometries(simplify(map))).__name__}. Use norm=Auto()."
-            )
+            return self._of_several(map)
         with torch.no_grad():
             value, frequency, group = _largest(conv)
         if not (torch.is_grad_enabled() and conv.weight.requires_grad) or not value.isfinite():
             return Constant(value, self.kind)
         block = symbol(conv, frequency[None])[0, group]
+        return Constant(value + _gradient(block), self.kind)
+
+    def _of_several(self, map: LinearMap) -> Constant:
+        """Circular convolutions one after the other, and sums of such."""
+        map = simplify(map.to(torch.float64))
+        if not circulant.is_circulant(map):
+            raise LipcertError(
+                f"Fourier() fits convolutions; the map {map.in_shape} -> {map.out_shape} is a "
+                f"{type(without_isometries(map)).__name__}. Use norm=Auto()."
+            )
+        best = map.like.new_tensor(-1.0)
+        where = torch.zeros(1, len(map.out_shape) - 1)
         with torch.no_grad():
-            top = torch.linalg.svd(block, full_matrices=False)[2][0].conj()
-        norm = torch.linalg.vector_norm(block @ top)
-        return Constant(value + (norm - norm.detach()), self.kind)
+            for frequencies in circulant.frequencies(map):
+                norms = _norms(circulant.symbol(map, frequencies).flatten(2))
+                top = int(norms.nan_to_num(nan=math.inf).argmax())
+                if not norms[top] <= best:
+                    best, where = norms[top], frequencies[top : top + 1]
+        if not wants_gradient(map) or not best.isfinite():
+            return Constant(best, self.kind)
+        block = circulant.symbol(map, where).flatten(2)[0]
+        return Constant(best + _gradient(block), self.kind)
+
+
+def _gradient(block: Complex[Tensor, "m n"]) -> Tensor:
+    """Zero, with the gradient of the block's spectral norm."""
+    with torch.no_grad():
+        top = torch.linalg.svd(block, full_matrices=False)[2][0].conj()
+    norm = torch.linalg.vector_norm(block @ top)
+    return norm - norm.detach()
+
+
+def _norms(blocks: Complex[Tensor, "... m n"]) -> Float[Tensor, "..."]:
+    """The spectral norms of matrices, through the smaller of their Gram matrices; may hold NaN."""
+    short = blocks.shape[-2] <= blocks.shape[-1]
+    gram = blocks @ blocks.mH if short else blocks.mH @ blocks
+    if not gram.isfinite().all():
+        return gram.real.new_full(gram.shape[:-2], math.nan)
+    return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt()
+
+
+def fits(map: LinearMap) -> bool:
+    """Whether `Fourier` fits the map."""
+    return as_convolution(map) is not None or circulant.is_circulant(simplify(map))
 
 
 def as_convolution(map: LinearMap) -> Conv | None:
@@ -71,12 +109,9 @@ def _largest(conv: Conv) -> tuple[Tensor, Tensor, int]:
     where, group = torch.zeros(conv.axes), 0
     scale = nonzero(conv.weight.abs().max())
     for frequencies in _chunks(conv):
-        blocks = symbol(conv, frequencies) / scale
-        short = blocks.shape[-2] <= blocks.shape[-1]
-        gram = blocks @ blocks.mH if short else blocks.mH @ blocks
-        if not gram.isfinite().all():
-            return gram.real.new_tensor(math.nan), where, group
-        norms = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt()
+        norms = _norms(symbol(conv, frequencies) / scale)
+        if norms.isnan().any():
+            return norms.new_tensor(math.nan), where, group
         top = int(norms.argmax())
         if norms.flatten()[top] > best:
             best = norms.flatten()[top]
@@ -86,7 +121,12 @@ def _largest(conv: Conv) -> tuple[Tensor, Tensor, int]:
 
 def grid(conv: Conv) -> tuple[int, ...]:
     """Cells an axis of a circular grid that holds the zero-padded image, a multiple of stride."""
-    sizes = []
+    needed = conv.in_shape[1:] if conv.circular else cells_needed(conv)
+    return tuple(-(-n // s) * s for n, s in zip(needed, conv.stride, strict=True))
+
+
+def cells_needed(conv: Conv) -> tuple[int, ...]:
+    """Cells an axis so that whatever the kernel reads outside the image lies beside it."""
     axes = zip(
         conv.in_shape[1:],
         conv.out_shape[1:],
@@ -96,11 +136,10 @@ def grid(conv: Conv) -> tuple[int, ...]:
         conv.dilation,
         strict=True,
     )
-    for n, n_out, k, s, (before, _), d in axes:
-        last_read = (n_out - 1) * s + (k - 1) * d - before
-        cells = n if conv.circular else max(n + before, last_read + 1, n)
-        sizes.append(-(-cells // s) * s)
-    return tuple(sizes)
+    return tuple(
+        max(n + before, (n_out - 1) * s + (k - 1) * d - before + 1, n)
+        for n, n_out, k, s, (before, _), d in axes
+    )
 
 
 def _chunks(conv: Conv) -> Iterator[Float[Tensor, "f axes"]]:

@@ -15,8 +15,8 @@ from lipcert.linear_map import LinearMap
 class Strategy(ABC):
     """A way to get the spectral norm (largest singular value) of a linear map.
 
-    Strategies are values without state. One that improves from call to call takes a vector of the
-    map's `in_shape` and hands back a better one; whoever calls it keeps the vector.
+    Strategies are values without state; what an iterative one improves from call to call is kept by
+    whoever calls it (see `iterative`).
     """
 
     kind: ClassVar[Kind]
@@ -28,14 +28,6 @@ class Strategy(ABC):
         Raises:
             LipcertError: The strategy does not fit this map; the message names one that does.
         """
-
-    def start(self, map: LinearMap) -> Tensor | None:
-        """A vector to start from, or None for a strategy that keeps none."""
-        return None
-
-    def refine(self, map: LinearMap, vector: Tensor) -> tuple[Constant, Tensor]:
-        """The norm and a better vector; only for strategies whose `start` gives one."""
-        raise NotImplementedError
 
 
 def wants_gradient(map: LinearMap) -> bool:

@@ -1,8 +1,4 @@
-"""The networks of the papers, as plain `nn.Sequential` models on pixels in [0, 1].
-
-"4C3F" and "6C2F" each name two different nets in the literature; the suffix says whose strides and
-paddings are meant. Parameter counts in the docstrings are for an activation without parameters.
-"""
+"""Sequential networks from a list of their layers, and their initialisation."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,89 +8,8 @@ from torch import nn
 
 from lipcert.errors import LipcertError
 
-# (output channels, kernel, stride, padding) of one convolution
 Convolution = tuple[int, int, int, int]
-
-
-def lmt_mnist(
-    in_shape: tuple[int, int, int] = (1, 28, 28),
-    classes: int = 10,
-    activation: Callable[[], nn.Module] = nn.ReLU,
-) -> nn.Sequential:
-    """The MNIST net of LMT: two strided convolutions and two dense layers.
-
-    conv 16 (4x4, stride 2, padding 1), conv 32 (4x4, stride 2, padding 1), dense 100, dense
-    ``classes``, with the activation after every layer but the last. 166 406 parameters for
-    (1, 28, 28) and 10 classes.
-
-    Args:
-        in_shape: (channels, height, width) of one input.
-        classes: Number of logits.
-        activation: Called without arguments for every activation layer.
-
-    Raises:
-        LipcertError: the input is too small, or the activation does not fit a layer.
-
-    Reference: arXiv 1802.04034, experiments on MNIST.
-    """
-    return _convolutional(in_shape, classes, activation, [(16, 4, 2, 1), (32, 4, 2, 1)], [100])
-
-
-def c4f3_bcp(
-    in_shape: tuple[int, int, int],
-    classes: int,
-    activation: Callable[[], nn.Module] = nn.ReLU,
-) -> nn.Sequential:
-    """The 4C3F net of BCP and Local-Lip.
-
-    conv 32 (3x3, stride 1, padding 1), conv 32 (4x4, 2, 1), conv 64 (3x3, 1, 1), conv 64
-    (4x4, 2, 1), dense 512, dense 512, dense ``classes``, with the activation after every layer but
-    the last. 1 974 762 parameters for (1, 28, 28) and 2 466 858 for (3, 32, 32), 10 classes.
-
-    Args:
-        in_shape: (channels, height, width) of one input.
-        classes: Number of logits.
-        activation: Called without arguments for every activation layer.
-
-    Raises:
-        LipcertError: the input is too small, or the activation does not fit a layer.
-
-    Reference: arXiv 2111.01395, experiments on MNIST.
-    """
-    convolutions = [(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
-    return _convolutional(in_shape, classes, activation, convolutions, [512, 512])
-
-
-def c6f2_bcp(
-    in_shape: tuple[int, int, int],
-    classes: int,
-    activation: Callable[[], nn.Module] = nn.ReLU,
-) -> nn.Sequential:
-    """The 6C2F net of BCP, Local-Lip, GloRo and CLL (CRM means a smaller one by this name).
-
-    conv 32 (3x3, stride 1, padding 1) twice, conv 32 (4x4, 2, 1), conv 64 (3x3, 1, 1) twice,
-    conv 64 (4x4, 2, 1), dense 512, dense ``classes``, with the activation after every layer but
-    the last. 2 250 378 parameters for (3, 32, 32) and 10 classes.
-
-    Args:
-        in_shape: (channels, height, width) of one input.
-        classes: Number of logits.
-        activation: Called without arguments for every activation layer.
-
-    Raises:
-        LipcertError: the input is too small, or the activation does not fit a layer.
-
-    Reference: arXiv 2111.01395, experiments on CIFAR-10.
-    """
-    convolutions = [
-        (32, 3, 1, 1),
-        (32, 3, 1, 1),
-        (32, 4, 2, 1),
-        (64, 3, 1, 1),
-        (64, 3, 1, 1),
-        (64, 4, 2, 1),
-    ]
-    return _convolutional(in_shape, classes, activation, convolutions, [512])
+"""(output channels, kernel, stride, padding) of one convolution."""
 
 
 def mlp(
@@ -137,14 +52,25 @@ def initialise_orthogonally(net: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _convolutional(
+def convolutional(
     in_shape: tuple[int, int, int],
     classes: int,
     activation: Callable[[], nn.Module],
     convolutions: Sequence[Convolution],
     widths: Sequence[int],
 ) -> nn.Sequential:
-    """Convolutions, a flatten, and dense layers, each but the last followed by the activation."""
+    """Convolutions, a flatten and dense layers, the activation after each layer but the last.
+
+    Args:
+        in_shape: (channels, height, width) of one input.
+        classes: Number of logits.
+        activation: Called without arguments for every activation layer.
+        convolutions: One entry a convolution.
+        widths: Outputs of the hidden dense layers.
+
+    Raises:
+        LipcertError: the input is too small, or the activation does not fit a layer.
+    """
     _check(in_shape, classes, activation)
     if len(in_shape) != 3:
         raise LipcertError(f"in_shape must be (channels, height, width), got {in_shape}")
