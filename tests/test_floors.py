@@ -10,7 +10,7 @@ FLOORS = [
     | {"linear_map", "linear_kinds"},
     {"layers", "graph", "fuse", "rules", "recording", "tracing"},
     {"bounds", "constants"},
-    {"losses", "certificate", "adversary", "radii"},
+    {"losses", "certificate", "adversary", "normalized", "radii"},
 ]  # everything else: running, on top
 
 

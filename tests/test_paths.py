@@ -1,5 +1,7 @@
 """Paths, the joint norm and LipLT on them, against dense matrices made in slow, plain ways."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,9 @@ from lipcert.bounds.joint import joint_norm
 from lipcert.bounds.paths import Paths, is_source, rows_at_sources
 from lipcert.bounds.slopes import everywhere
 from lipcert.graph import Affine, Concat, Input, Lipschitz, Node, Slope
+from lipcert.layers import MaxMin
 from lipcert.linear_kinds import Dense
-from nets import NETS
+from nets import NETS, Net
 from rule_cases import Fn
 
 
@@ -18,9 +21,19 @@ def norm(matrix):
     return torch.linalg.matrix_norm(matrix, 2)
 
 
-@pytest.fixture(params=NETS)
+def opaque_branches():
+    """Branches that share no end, so that their ends come back in another order."""
+    net = Fn(lambda s, x: s.last(torch.cat([s.sort(s.a(x)), s.sort(s.b(x))], 1)))
+    net.a, net.b, net.last, net.sort = nn.Linear(4, 6), nn.Linear(4, 2), nn.Linear(8, 3), MaxMin()
+    return net
+
+
+GRAPHS = NETS | {"opaque branches": Net(opaque_branches, (4,))}
+
+
+@pytest.fixture(params=GRAPHS)
 def graph(request):
-    net = NETS[request.param]
+    net = GRAPHS[request.param]
     return lc.trace(net.build(), net.shape)
 
 
@@ -176,7 +189,7 @@ def diagonals(low, high):
 def test_feed_forward_with_slopes_of_single_neurons():
     """m_k = |W_k C_k ... C_1 W_0| + sum_j |W_k C_k ... C_j+1 W_j D_j| m_j-1."""
     widths = (5, 7, 6, 8, 3)
-    layers = [nn.Linear(i, o) for i, o in zip(widths, widths[1:], strict=False)]
+    layers = [nn.Linear(i, o) for i, o in pairwise(widths)]
     slopes = [nn.PReLU(n) for n in widths[1:-1]]
     for activation in slopes:
         nn.init.uniform_(activation.weight, -2, 2)

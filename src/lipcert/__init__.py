@@ -21,6 +21,7 @@ _HOME = {
     "LOBPCG": "lipcert.spectral",
     "Lanczos": "lipcert.spectral",
     "LipLT": "lipcert.bounds",
+    "LipLTNormalized": "lipcert.normalized",
     "LipcertError": "lipcert.errors",
     "MarginConstants": "lipcert.bounds",
     "PowerBound": "lipcert.spectral",
@@ -31,9 +32,11 @@ _HOME = {
     "certify": "lipcert.certificate",
     "clean_accuracy": "lipcert.certificate",
     "lipschitz": "lipcert.constants",
+    "normalized_block": "lipcert.normalized",
     "pgd": "lipcert.adversary",
     "rule": "lipcert.rules",
     "spectral_norm": "lipcert.constants",
+    "tightest": "lipcert.bounds",
     "trace": "lipcert.tracing",
 }
 _MODULES = ("data", "graph", "layers", "losses", "models", "recipes", "schedules")
@@ -43,7 +46,7 @@ __all__ = sorted([*_HOME, *_MODULES, "__version__"])
 if TYPE_CHECKING:
     from lipcert import data, graph, layers, losses, models, recipes, schedules
     from lipcert.adversary import pgd
-    from lipcert.bounds import LipLT, MarginConstants, Product
+    from lipcert.bounds import LipLT, MarginConstants, Product, tightest
     from lipcert.certificate import (
         Certificate,
         average_certified_radius,
@@ -54,13 +57,14 @@ if TYPE_CHECKING:
     from lipcert.constants import lipschitz, spectral_norm
     from lipcert.errors import LipcertError
     from lipcert.kinds import Constant, Kind
+    from lipcert.normalized import LipLTNormalized, normalized_block
     from lipcert.rules import rule
     from lipcert.spectral import (
+        LOBPCG,
         Auto,
         Count,
         Exact,
         Fourier,
-        LOBPCG,
         Gram,
         Lanczos,
         PowerBound,

@@ -1,7 +1,8 @@
-"""The bound table: what a bound says of a network, and which layer is loose."""
+"""The bound table: what bounds say of a network side by side, and which layer is loose."""
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -10,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipcert.adversary import lower_bound
-from lipcert.bounds import Bound, Layer, Product
+from lipcert.bounds import Bound, Layer, LipLT, MarginConstants, Product, tightest
+from lipcert.bounds.tightest import least, tightest_pairs
 from lipcert.graph import Graph, Node
+from lipcert.kinds import Constant
 
 
 class BoundName(StrEnum):
@@ -19,18 +22,48 @@ class BoundName(StrEnum):
 
     AUTO = "auto"
     PRODUCT = "product"
+    LIPLT = "liplt"
 
 
 def make_bound(name: BoundName, graph: Graph) -> Bound:
     """The bound of this name, with true norms. `auto` is the tightest of what is cheap."""
     match name:
-        case BoundName.AUTO | BoundName.PRODUCT:
+        case BoundName.AUTO:
+            return tightest(Product(graph), LipLT(graph))
+        case BoundName.PRODUCT:
             return Product(graph)
+        case BoundName.LIPLT:
+            return LipLT(graph)
+
+
+@dataclass(frozen=True)
+class BoundRow:
+    """What one bound says.
+
+    Attributes:
+        bound: Its name.
+        kind: What it claims.
+        seconds: How long it took.
+        lipschitz: Constant of the whole logit vector.
+        ratio: The same over the least of the table.
+        smallest_pair: The least constant of a difference of two logits; None without logits.
+        median_pair: Their median.
+        largest_pair: The largest.
+    """
+
+    bound: str
+    kind: str
+    seconds: float
+    lipschitz: float
+    ratio: float
+    smallest_pair: float | None
+    median_pair: float | None
+    largest_pair: float | None
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of the bound table.
+    """One layer of the product bound.
 
     Attributes:
         name: Module path or function names.
@@ -52,38 +85,114 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class BoundTable:
-    """A bound, explained: `lipschitz` is of the whole logit vector, `pairs` of the margins."""
+    """Bounds of one network side by side, and the product bound explained.
 
-    bound: str
-    kind: str
-    seconds: float
-    lipschitz: float
+    Attributes:
+        bounds: One row a bound.
+        sampled_lower_bound: Largest Jacobian norm of the logits seen: no bound can be below.
+        layers: The product bound layer by layer.
+    """
+
+    bounds: tuple[BoundRow, ...]
     sampled_lower_bound: float
-    smallest_pair: float | None
-    median_pair: float | None
-    largest_pair: float | None
     layers: tuple[LayerRow, ...]
+
+    @property
+    def best(self) -> BoundRow:
+        """The bound with the least constant of the logit vector."""
+        return min(self.bounds, key=lambda row: row.lipschitz)
 
 
 def bound_table(
-    name: BoundName, graph: Graph, x: Float[Tensor, "n ..."], steps: int = 10
+    names: Sequence[BoundName], graph: Graph, x: Float[Tensor, "n ..."], steps: int = 10
 ) -> BoundTable:
-    """Evaluates a bound and looks, layer by layer, where it is loose.
+    """Evaluates bounds and looks, layer by layer, where the product bound is loose.
 
     Args:
-        name: Which bound.
+        names: Which bounds.
         graph: The traced network.
         x: Points at which Jacobian norms are sampled.
         steps: Power iterations a sample.
     """
+    return tabulated(names, evaluated(names, graph), graph, x, steps)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The numbers of a bound.
+
+    Attributes:
+        lipschitz: Of the whole logit vector.
+        pairs: Of all pairs of logits; None for a network whose output is no vector of logits.
+        layers: Of the product bound, node by node; empty for other bounds.
+        seconds: How long it took.
+    """
+
+    lipschitz: Constant
+    pairs: MarginConstants | None
+    layers: list[Layer]
+    seconds: float
+
+
+def evaluated(names: Sequence[BoundName], graph: Graph) -> dict[BoundName, Evaluated]:
+    """Bounds by name with true norms, each norm of a method computed once.
+
+    The product bound is always there, as it explains the layers.
+    """
     graph.check(graph.model)
-    bound = Product(graph)
+    logits = len(graph.output.shape) == 1 and graph.output.shape[0] > 1
+    found: dict[BoundName, Evaluated] = {}
     with torch.no_grad():
         begin = time.perf_counter()
-        layers, pairs = _evaluated(bound)
-        whole = layers[-1].prefix
+        product = Product(graph)
+        layers, pairs = product.explained() if logits else (product.layers(), None)
         seconds = time.perf_counter() - begin
+        found[BoundName.PRODUCT] = Evaluated(layers[-1].prefix, pairs, layers, seconds)
+        if BoundName.LIPLT in names or BoundName.AUTO in names:
+            begin = time.perf_counter()
+            liplt = LipLT(graph)
+            prefixes, pairs = liplt.explained() if logits else (liplt.prefixes(), None)
+            seconds = time.perf_counter() - begin
+            found[BoundName.LIPLT] = Evaluated(prefixes[graph.output], pairs, [], seconds)
+        if BoundName.AUTO in names:
+            members = list(found.values())
+            together = [m.pairs for m in members if m.pairs is not None]
+            found[BoundName.AUTO] = Evaluated(
+                least([m.lipschitz for m in members]),
+                tightest_pairs(together) if together else None,
+                [],
+                sum(m.seconds for m in members),
+            )
+    return found
+
+
+def tabulated(
+    names: Sequence[BoundName],
+    found: Mapping[BoundName, Evaluated],
+    graph: Graph,
+    x: Float[Tensor, "n ..."],
+    steps: int = 10,
+) -> BoundTable:
+    """The table of bounds that are evaluated already, see `bound_table`."""
+    layers = found[BoundName.PRODUCT].layers
     sampled = {n.node: _sampled(graph, n.node, x, steps) for n in layers}
+    smallest = min(float(found[name].lipschitz) for name in names)
+    rows = [_row(name, found[name], smallest) for name in names]
+    return BoundTable(tuple(rows), sampled[graph.output], tuple(_explained(layers, sampled)))
+
+
+def _row(name: BoundName, bound: Evaluated, smallest: float) -> BoundRow:
+    ends: list[float | None] = [None] * 3
+    if bound.pairs is not None:
+        pairs = bound.pairs.dense()[0]
+        pairs = pairs[~torch.eye(len(pairs), dtype=torch.bool, device=pairs.device)]
+        ends = [float(pairs.min()), float(pairs.median()), float(pairs.max())]
+    whole = float(bound.lipschitz)
+    ratio = _ratio(whole, smallest)
+    return BoundRow(str(name), str(bound.lipschitz.kind), bound.seconds, whole, ratio, *ends)
+
+
+def _explained(layers: list[Layer], sampled: dict[Node, float]) -> list[LayerRow]:
     loose = {n.node: math.log(_ratio(float(n.prefix), sampled[n.node])) for n in layers}
     nodes = [layer.node for layer in layers[1:]]
     added = {n: max(0.0, loose[n] - max(loose[i] for i in n.inputs)) for n in nodes}
@@ -93,22 +202,7 @@ def bound_table(
         n, gain = layer.node, None if layer.gain is None else float(layer.gain)
         place = n.name, type(n.op).__name__
         rows.append(LayerRow(*place, gain, float(layer.prefix), sampled[n], added[n] / total))
-    ends = (None,) * 3 if pairs is None else (pairs.min(), pairs.median(), pairs.max())
-    low, middle, high = (None if e is None else float(e) for e in ends)
-    return BoundTable(
-        *(str(name), str(whole.kind), seconds, float(whole), sampled[graph.output]),
-        *(low, middle, high, tuple(rows)),
-    )
-
-
-def _evaluated(bound: Product) -> tuple[list[Layer], Tensor | None]:
-    """The layers, and the constants of all pairs; None if the output is no vector of logits."""
-    shape = bound.graph.output.shape
-    if len(shape) != 1 or shape[0] < 2:
-        return bound.layers(), None
-    layers, margins = bound.explained()
-    dense = margins.dense()[0]
-    return layers, dense[~torch.eye(len(dense), dtype=torch.bool, device=dense.device)]
+    return rows
 
 
 def _ratio(bound: float, sampled: float) -> float:

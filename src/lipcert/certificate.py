@@ -73,6 +73,7 @@ def certify(
     x: Float[Tensor, "n ..."],
     *,
     bound: Bound,
+    constants: MarginConstants | None = None,
     batch_size: int = 512,
     allow_estimate: bool = False,
     on_batch: Callable[[int], object] | None = None,
@@ -87,6 +88,8 @@ def certify(
         x: Inputs `(n, *input_shape)`, in the units in which radii are wanted (pixels in [0, 1]:
             normalisation belongs inside the network).
         bound: A bound of this network.
+        constants: What a global bound gave for the weights as they are now, if it was evaluated
+            before.
         batch_size: Samples at a time.
         allow_estimate: Accept a bound of kind estimate. What comes out is then no certificate,
             and its `kind` says so.
@@ -106,7 +109,8 @@ def certify(
     net.eval()
     try:
         with torch.no_grad(), _ieee_float32(_like(net, x).device.type):
-            constants = None if bound.local else bound()
+            if constants is None and not bound.local:
+                constants = bound()
             if constants is not None:
                 _check_kind(constants.kind, allow_estimate)
             parts = []

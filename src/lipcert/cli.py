@@ -31,7 +31,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Eps = Annotated[
     list[str] | None, typer.Option(metavar="RADIUS", help="L2 radius, e.g. 36/255; repeatable.")
 ]
-Bound = Annotated[str, typer.Option(help="Which bound: auto or product.")]
+Bound = Annotated[str, typer.Option(help="Which bound: auto (the tightest), product or liplt.")]
 
 
 def _version(wanted: bool | None) -> None:
@@ -111,7 +111,7 @@ def bound(
         str | None, typer.Option(metavar="C,H,W", help="One sample's shape, for MODULE:FUNCTION.")
     ] = None,
     bounds: Annotated[
-        list[str] | None, typer.Option("--bound", help="Which bounds; repeatable [auto].")
+        list[str] | None, typer.Option("--bound", help="Which bounds; repeatable [product, liplt].")
     ] = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -119,7 +119,7 @@ def bound(
     """Table of Lipschitz bounds: constants, kind, time, and which layer is loose."""
     from lipcert import commands
 
-    commands.bound(target, weights, input_shape, bounds or ["auto"], device, as_json)
+    commands.bound(target, weights, input_shape, bounds or ["product", "liplt"], device, as_json)
 
 
 @app.command()

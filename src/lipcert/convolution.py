@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -80,7 +79,9 @@ class Conv(LinearMap):
         )
         padding = tuple(before for before, _ in self.padding)
         turn = _ADJOINT[self.axes]
-        return turn(y, self.weight, None, self.stride, padding, left_over, self.groups, self.dilation)
+        return turn(
+            y, self.weight, None, self.stride, padding, left_over, self.groups, self.dilation
+        )
 
     def split(self) -> tuple[LinearMap, LinearMap]:
         if self.circular and any(

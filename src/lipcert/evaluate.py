@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 from torch import Tensor, nn
 
-from lipcert.bound_table import BoundName, bound_table, make_bound
+from lipcert.bound_table import BoundName, evaluated, make_bound, tabulated
 from lipcert.certificate import (
     Certificate,
     average_certified_radius,
@@ -60,8 +60,14 @@ def certify_run(
     begin = time.perf_counter()
     device = next(net.parameters()).device
     x = data.pixels(device=device)
+    found = evaluated([name], graph)
     certificate = certify(
-        net, x, bound=make_bound(name, graph), batch_size=batch_size, on_batch=on_batch
+        net,
+        x,
+        bound=make_bound(name, graph),
+        constants=found[name].pairs,
+        batch_size=batch_size,
+        on_batch=on_batch,
     )
     seconds = time.perf_counter() - begin
     labels = data.labels
@@ -94,7 +100,8 @@ def certify_run(
         ],
         "versions": versions(),
     }
-    table = bound_table(name, graph, x[:32])
+    shown = [part for part in BoundName if part in found and part is not BoundName.AUTO]
+    table = tabulated(shown, found, graph, x[:32])
     write_atomically(
         run.path("certificates.parquet"), certificates_table(certificate, labels, values, name)
     )

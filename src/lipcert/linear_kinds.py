@@ -132,7 +132,9 @@ class Separable(LinearMap):
                 term = dataclasses.replace(self, matrices=matrices)
                 halves[sum(negative for negative, _ in choice) % 2].append(term)
         positive, negative = (
-            Add(self.in_shape, self.out_shape, tuple(half)) if half else zero(self.in_shape, self.out_shape)
+            Add(self.in_shape, self.out_shape, tuple(half))
+            if half
+            else zero(self.in_shape, self.out_shape)
             for half in halves
         )
         return positive, negative

@@ -66,12 +66,12 @@ def _merge(first: LinearMap, then: LinearMap) -> LinearMap | None:
             return Dense(*ends, then.weight * _row(first).to(then.weight))
         case Dense(), Scale() if _constant_leading(then):
             return Dense(*ends, then.diagonal.to(first.weight).reshape(-1, 1) * first.weight)
-        case Scale(), Conv() if (scale := channels(first)) is not None:
+        case Scale(), Conv() if (scale := per_channel(first)) is not None:
             per_group = scale.to(then.weight).reshape(then.groups, 1, -1)
             grouped = then.weight.reshape(then.groups, -1, *then.weight.shape[1:])
             scaled = grouped * per_group.reshape(*per_group.shape, *(1,) * then.axes)
             return _reweighted(then, scaled.reshape(then.weight.shape))
-        case Conv(), Scale() if (scale := channels(then)) is not None:
+        case Conv(), Scale() if (scale := per_channel(then)) is not None:
             column = scale.to(first.weight).reshape(-1, 1, *(1,) * first.axes)
             return _reweighted(first, column * first.weight)
         case Scale(), Transpose(inner=inner):  # C^T S = (S C)^T
@@ -96,13 +96,13 @@ def _row(scale: Scale) -> Tensor:
     return scale.diagonal.reshape(1, -1)
 
 
-def channels(scale: Scale) -> Tensor | None:
+def per_channel(scale: Scale) -> Tensor | None:
     """The diagonal as one number a channel, or None where it varies in space."""
     diagonal = scale.diagonal
     if diagonal.numel() == 1:
         return diagonal.reshape(1).expand(scale.in_shape[0])
-    per_channel = diagonal.ndim == len(scale.in_shape) and math.prod(diagonal.shape[1:]) == 1
-    return diagonal.flatten() if per_channel else None
+    same_in_space = diagonal.ndim == len(scale.in_shape) and math.prod(diagonal.shape[1:]) == 1
+    return diagonal.flatten() if same_in_space else None
 
 
 def _reweighted(conv: Conv, weight: Tensor) -> Conv:
@@ -148,7 +148,7 @@ def _sum(left: LinearMap, right: LinearMap) -> LinearMap | None:
             return Dense(right.in_shape, right.out_shape, right.weight + diagonal.diag())
         case Dense() if isinstance(left, Dense):
             return Dense(right.in_shape, right.out_shape, left.weight + right.weight)
-        case Conv() if scale is not None and (channels := channels(scale)) is not None:
+        case Conv() if scale is not None and (channels := per_channel(scale)) is not None:
             return _add_identity(right, channels)
         case Conv() if isinstance(left, Conv) and _geometry(left) == _geometry(right):
             return _reweighted(right, left.weight + right.weight)

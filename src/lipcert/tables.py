@@ -88,38 +88,44 @@ def show_training(last: dict[str, Any]) -> None:
     _print(table)
 
 
-def show_bounds(tables: Sequence[BoundTable]) -> None:
-    """Bounds one beside the other, then the layers of the first."""
+def show_bounds(found: BoundTable) -> None:
+    """Bounds one beside the other, then the layers of the product bound."""
     over = _table(
-        "Lipschitz bounds (L2)",
-        *("bound", "K of the logits", "K of pairs: median", "largest", "sampled K >=", "kind", "s"),
+        f"Lipschitz bounds (L2); sampled: the true constant is at least "
+        f"{_number(found.sampled_lower_bound)}",
+        *("bound", "K of the logits", "/ best", "/ sampled", "K of pairs: median", "largest"),
+        *("kind", "s"),
     )
-    for t in tables:
+    for row in found.bounds:
         over.add_row(
-            t.bound,
-            _number(t.lipschitz),
-            _number(t.median_pair),
-            _number(t.largest_pair),
-            _number(t.sampled_lower_bound),
-            t.kind,
-            f"{t.seconds:.2f}",
+            row.bound,
+            _number(row.lipschitz),
+            f"{row.ratio:.3f}",
+            _loose(row.lipschitz, found.sampled_lower_bound),
+            _number(row.median_pair),
+            _number(row.largest_pair),
+            row.kind,
+            f"{row.seconds:.2f}",
         )
     layers = _table(
-        f"Layer by layer ({tables[0].bound}); loose = bound / largest Jacobian norm seen",
+        "The product bound layer by layer; loose = bound / largest Jacobian norm seen",
         *("layer", "node", "constant", "bound so far", "sampled", "loose", "share"),
     )
-    for row in tables[0].layers:
-        loose = row.prefix / row.sampled if row.sampled > 0 else None
+    for layer in found.layers:
         layers.add_row(
-            row.name,
-            row.op,
-            _number(row.gain),
-            _number(row.prefix),
-            _number(row.sampled),
-            "-" if loose is None else f"{loose:.3f}",
-            f"{100 * row.share:.0f} %",
+            layer.name,
+            layer.op,
+            _number(layer.gain),
+            _number(layer.prefix),
+            _number(layer.sampled),
+            _loose(layer.prefix, layer.sampled),
+            f"{100 * layer.share:.0f} %",
         )
     _print(over, layers)
+
+
+def _loose(bound: float, sampled: float) -> str:
+    return f"{bound / sampled:.3f}" if sampled > 0 else "-"
 
 
 def show_summary(summary: dict[str, Any], attack: dict[str, Any] | None = None) -> None:

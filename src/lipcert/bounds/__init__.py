@@ -3,5 +3,6 @@
 from lipcert.bounds.liplt import LipLT
 from lipcert.bounds.margin import Bound, MarginConstants
 from lipcert.bounds.product import Layer, Product
+from lipcert.bounds.tightest import Tightest, tightest
 
-__all__ = ["Bound", "Layer", "LipLT", "MarginConstants", "Product"]
+__all__ = ["Bound", "Layer", "LipLT", "MarginConstants", "Product", "Tightest", "tightest"]

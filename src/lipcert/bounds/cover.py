@@ -73,8 +73,9 @@ def _strides(graph: Graph) -> dict[Node, Shape]:
             conv = _convolution(n)
             if conv is not None:
                 found[n] = tuple(a * b for a, b in zip(before, conv.stride, strict=True))
-            elif isinstance(n.op, Slope) and _same_everywhere(n):
-                found[n] = before
+            elif isinstance(n.op, Slope):
+                if _same_everywhere(n):
+                    found[n] = before
             elif isinstance(n.op, Sum) and len({found[i] for i in n.inputs}) == 1:
                 found[n] = before
     return found
@@ -84,7 +85,7 @@ def _convolution(n: Node) -> Conv | None:
     """The zero-padded convolution that a node is; padding may not exceed the kernel."""
     if not isinstance(n.op, Affine):
         return None
-    map = simplify(n.op.map())
+    map = simplify(n.op.map().to(torch.float64))
     if not isinstance(map, Conv) or map.circular:
         return None
     reach = [d * (k - 1) for d, k in zip(map.dilation, map.kernel, strict=True)]

@@ -70,7 +70,7 @@ class LipLT(Bound):
         self._whole = Paths(graph, [*self._inner.ends, graph.output])
         self._place = {n: place for place, n in enumerate(graph)}
         if isinstance(self.norm, Iterative):
-            like = torch.empty(0, dtype=_dtype(graph), device=device_of(graph))
+            like = self._like()
             for s in self._whole.starts():
                 states = [self.norm.start(s.shape, like) for _ in self._whole.ends_after[s]]
                 self.register_buffer(self._name(s), torch.stack(states))
@@ -96,26 +96,35 @@ class LipLT(Bound):
             return self._swept(_upto(self.graph, self._inner, target))[target]
 
     def prefixes(self) -> dict[Node, Constant]:
-        """A constant of the function from the input to each input of an activation or opaque
-        function, and to the output: the sub-network bounds that come along."""
+        """Bounds of the sub-networks that come along: from the input to each input of an
+        activation or opaque function, and to the output.
+        """
         with full_precision(self.graph):
-            if isinstance(self.norm, Iterative):
-                return self._iterated(self._whole)
-            return self._swept(self._whole)
+            return self._reached(self._whole)
 
-    def _ends(self) -> list[End]:
+    def explained(self) -> tuple[dict[Node, Constant], MarginConstants]:
+        """`prefixes()` and the constants of all pairs, every norm computed once."""
+        classes, prefixes = self.classes, self.prefixes()
+        return prefixes, margins(classes, self._ends(prefixes))
+
+    def _ends(self, reached: dict[Node, Constant] | None = None) -> list[End]:
         """For each source of the output: how far it can change, and the rows of its map."""
         with full_precision(self.graph):
-            if isinstance(self.norm, Iterative):
-                reached, dtype = self._iterated(self._inner), _dtype(self.graph)
-            else:
-                reached, dtype = self._swept(self._inner), torch.float64
-            like = torch.empty(0, dtype=dtype, device=device_of(self.graph))
-            output = self.graph.output
-            paths = Paths(self.graph, [output])
-            rows = torch.eye(output.shape[0], dtype=dtype, device=like.device)
-            found = rows_at_sources(self.graph, output, rows, paths.steps(like))
+            reached = self._reached(self._inner) if reached is None else reached
+            output, like = self.graph.output, self._like()
+            rows = torch.eye(output.shape[0], dtype=like.dtype, device=like.device)
+            steps = Paths(self.graph, [output]).steps(like)
+            found = rows_at_sources(self.graph, output, rows, steps)
             return [End(_radius(s, reached), rows.flatten(1)) for s, rows in found.items()]
+
+    def _like(self) -> Tensor:
+        """The precision to work in: that of the weights while training, else float64."""
+        dtype = _dtype(self.graph) if isinstance(self.norm, Iterative) else torch.float64
+        return torch.empty(0, dtype=dtype, device=device_of(self.graph))
+
+    def _reached(self, paths: Paths) -> dict[Node, Constant]:
+        """What reaches each end."""
+        return self._iterated(paths) if isinstance(self.norm, Iterative) else self._swept(paths)
 
     def _swept(self, paths: Paths) -> dict[Node, Constant]:
         """What reaches each end, one norm of one map after the other."""
@@ -125,7 +134,7 @@ class LipLT(Bound):
             large = [end for end in paths.ends if _is_large(maps[end])]
             known = _by_frequency(large, paths, self.graph)
         if isinstance(self.norm, Auto | Exact) and not torch.is_grad_enabled():
-            steps = paths.steps(torch.empty(0, dtype=torch.float64, device=device_of(self.graph)))
+            steps = paths.steps(self._like())
             for end in paths.ends:
                 if end not in known and len(maps[end]) > 1 and _fits_memory(end, maps[end]):
                     maps[end] = _matrices(self.graph, end, steps)
@@ -135,7 +144,7 @@ class LipLT(Bound):
         """The same by power iteration, all maps at once, from the vectors kept."""
         assert isinstance(self.norm, Iterative)
         kept = {s: getattr(self, self._name(s)) for s in paths.starts()}
-        like = torch.empty(0, dtype=_dtype(self.graph), device=device_of(self.graph))
+        like = self._like()
         steps = paths.steps(like)
         # The output comes last in the graph, so its rows are the last ones kept.
         state = {s: rows[: len(paths.ends_after[s])] for s, rows in kept.items()}

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
-from lipcert.graph import Graph
-from lipcert.kinds import Kind
+from lipcert.graph import Graph, Node
+from lipcert.kinds import Constant, Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,18 @@ class Bound(nn.Module):
     @abstractmethod
     def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
         """The constants; a local bound needs the batch, a global one does not look at it."""
+
+    @abstractmethod
+    def lipschitz(self) -> Constant:
+        """A Lipschitz constant of the whole output vector."""
+
+    @abstractmethod
+    def per_output(self) -> Constant:
+        """Lipschitz constants of the single logits; `value` has shape `(classes,)`."""
+
+    @abstractmethod
+    def prefix(self, upto: Node | str) -> Constant:
+        """A Lipschitz constant of the function from the input to a node (or its name)."""
 
     @property
     def classes(self) -> int:

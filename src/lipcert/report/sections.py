@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from lipcert.bound_table import BoundTable
 from lipcert.data import Dataset
 from lipcert.inequality import RADII
 from lipcert.radii import parse_radius
@@ -29,7 +30,8 @@ def tiles(r: Results) -> Html:
         "Median radius": number(s.median_radius),
     }
     if r.bound:
-        shown[f"Lipschitz constant ({r.bound.kind})"] = number(r.bound.lipschitz)
+        best = r.bound.best
+        shown[f"Lipschitz constant ({best.bound}, {best.kind})"] = number(best.lipschitz)
     return tag(
         "dl",
         *(tag("div", tag("dt", name), tag("dd", value)) for name, value in shown.items()),
@@ -188,7 +190,7 @@ def by_class(r: Results) -> Html:
 
 
 def layers(r: Results) -> Html:
-    """The bound layer by layer; empty without bound.json."""
+    """The bounds, and the product bound layer by layer; empty without bound.json."""
     b = r.bound
     if b is None:
         return Html()
@@ -202,17 +204,28 @@ def layers(r: Results) -> Html:
         for row in b.layers
     ]
     head = ("Layer", "Node", "Own constant", "Bound so far", "Sampled", "Looseness", "Share", "")
-    whole = (
-        f"Bound {b.bound}, kind {b.kind}. Constant of the logit vector: {number(b.lipschitz)}, and "
-        f"at least {number(b.sampled_lower_bound)} by sampling."
-    )
-    if b.median_pair is not None:
-        whole += (
-            f" Of the differences of two logits: {number(b.smallest_pair)} to "
-            f"{number(b.largest_pair)}, median {number(b.median_pair)}."
-        )
+    whole = tag("p", wording.BOUNDS_EXPLAINED.format(number(b.sampled_lower_bound)))
     explained = tag("p", wording.LAYERS_EXPLAINED, class_="note")
-    return join(tag("p", whole), table(head, rows, words=("Node", "")), explained)
+    return join(whole, _bounds(b), table(head, rows, words=("Node", "")), explained)
+
+
+def _bounds(b: BoundTable) -> Html:
+    """The bounds side by side."""
+    rows = [
+        (
+            row.bound,
+            number(row.lipschitz),
+            number(row.ratio),
+            number(row.lipschitz / b.sampled_lower_bound) if b.sampled_lower_bound > 0 else "–",
+            *(number(pair) for pair in (row.smallest_pair, row.median_pair, row.largest_pair)),
+            row.kind,
+            f"{row.seconds:.2f}",
+        )
+        for row in b.bounds
+    ]
+    head = ("Bound", "Constant", "Over the best", "Over sampled")
+    pairs = ("Smallest pair", "Median pair", "Largest pair")
+    return table((*head, *pairs, "Kind", "Seconds"), rows, words=("Bound", "Kind"))
 
 
 def training(r: Results) -> Html:

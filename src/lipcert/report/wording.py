@@ -34,8 +34,13 @@ GLOSSARY = {
     ),
 }
 
+BOUNDS_EXPLAINED = (
+    "Constants of the logit vector, and of the differences of two logits. The largest Jacobian "
+    "norm seen on images is {}: no bound can be below it."
+)
+
 LAYERS_EXPLAINED = (
-    "Own constant: of this layer alone. Bound so far: of everything from the input up to and "
+    "The product bound, layer by layer. Own constant: of this layer alone. Bound so far: of everything from the input up to and "
     "including the layer. Sampled: the largest Jacobian norm seen on images, below which the true "
     "constant cannot be. Looseness: bound over sampled, the most that the bound can be off by. "
     "Share: the part of the final looseness, on a log scale, that this layer adds."

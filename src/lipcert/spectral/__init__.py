@@ -13,13 +13,13 @@ from lipcert.spectral.power_iteration import PowerIteration
 from lipcert.spectral.strategy import Strategy
 
 __all__ = [
+    "LOBPCG",
     "Auto",
     "Count",
     "Exact",
     "Fourier",
     "Gram",
     "Iterative",
-    "LOBPCG",
     "Lanczos",
     "PowerBound",
     "PowerIteration",

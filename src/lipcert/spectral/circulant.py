@@ -16,7 +16,7 @@ from torch import Tensor
 from lipcert.convolution import Conv
 from lipcert.linear_kinds import Index, Scale
 from lipcert.linear_map import Add, Composition, LinearMap
-from lipcert.simplify import channels
+from lipcert.simplify import per_channel
 
 _CHUNK_BYTES = 2**27
 
@@ -37,9 +37,9 @@ def _circulant(map: LinearMap, first: bool = True) -> bool:
         case Conv():
             return map.circular
         case Scale():
-            return channels(map) is not None
+            return per_channel(map) is not None
         case Index():
-            return map.is_reshape and map.in_shape == map.out_shape or (first and _pads(map))
+            return (map.is_reshape and map.in_shape == map.out_shape) or (first and _pads(map))
         case Composition():
             return all(_circulant(f, first and i == 0) for i, f in enumerate(map.factors))
         case Add():
@@ -69,7 +69,9 @@ def frequencies(map: LinearMap) -> Iterator[Float[Tensor, "f axes"]]:
     # Converted before the division, which would round to the default precision.
     every = index.to(torch.float64) / torch.tensor(cells).to(torch.float64)
     inputs = map.in_shape[0] * math.prod(_strides(map))
-    yield from every.to(map.like.device).split(max(1, _CHUNK_BYTES // (64 * map.out_shape[0] * inputs)))
+    yield from every.to(map.like.device).split(
+        max(1, _CHUNK_BYTES // (64 * map.out_shape[0] * inputs))
+    )
 
 
 def symbol(map: LinearMap, at: Float[Tensor, "f axes"]) -> Complex[Tensor, "f out in *aliases"]:
@@ -98,10 +100,12 @@ def symbol(map: LinearMap, at: Float[Tensor, "f axes"]) -> Complex[Tensor, "f ou
         case Add(terms=terms):
             return torch.stack([symbol(term, at) for term in terms]).sum(0)
         case _:
-            numbers = channels(map) if isinstance(map, Scale) else None
+            numbers = per_channel(map) if isinstance(map, Scale) else None
             numbers = at.new_ones(map.out_shape[0]) if numbers is None else numbers
             matrix = torch.diag(numbers.to(torch.complex128)).to(at.device)
-            return matrix.reshape(1, *matrix.shape, *(1,) * at.shape[1]).expand(len(at), *(-1,) * (2 + at.shape[1]))
+            return matrix.reshape(1, *matrix.shape, *(1,) * at.shape[1]).expand(
+                len(at), *(-1,) * (2 + at.shape[1])
+            )
 
 
 def folded(at: Float[Tensor, "f axes"], strides: tuple[int, ...]) -> Float[Tensor, "f *s axes"]:

@@ -5,9 +5,9 @@ on their two sides, as a sweep through a network does.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +17,7 @@ from lipcert.kinds import Constant, Kind
 from lipcert.linear_map import LinearMap, Shape
 from lipcert.spectral.strategy import Strategy
 
-Rows = dict[Hashable, Float[Tensor, "_ ..."]]
+Rows = dict[Any, Float[Tensor, "_ ..."]]
 Sweep = Callable[[Rows], Rows]
 
 
@@ -58,7 +58,7 @@ class Iterative(Strategy):
 
     def refine_many(
         self, apply: Sweep, adjoint: Sweep, state: Rows, order: Int[Tensor, " n"]
-    ) -> tuple[dict[Hashable, Float[Tensor, " _"]], Rows]:
+    ) -> tuple[dict[Any, Float[Tensor, " _"]], Rows]:
         """The norms of many maps at once.
 
         Args:
