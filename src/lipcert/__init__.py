@@ -12,6 +12,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "Auto": "lipcert.spectral",
     "Certificate": "lipcert.certificate",
+    "ColumnSum": "lipcert.spectral",
     "Constant": "lipcert.kinds",
     "Count": "lipcert.spectral",
     "Exact": "lipcert.spectral",
@@ -27,6 +28,7 @@ _HOME = {
     "PowerBound": "lipcert.spectral",
     "PowerIteration": "lipcert.spectral",
     "Product": "lipcert.bounds",
+    "RowSum": "lipcert.spectral",
     "average_certified_radius": "lipcert.certificate",
     "certified_accuracy": "lipcert.certificate",
     "certify": "lipcert.certificate",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from lipcert.spectral import (
         LOBPCG,
         Auto,
+        ColumnSum,
         Count,
         Exact,
         Fourier,
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
         Lanczos,
         PowerBound,
         PowerIteration,
+        RowSum,
     )
     from lipcert.tracing import trace
 

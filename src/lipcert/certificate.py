@@ -21,14 +21,15 @@ class Certificate:
 
     Attributes:
         prediction: The predicted class, `(n,)`.
-        radius: L2 distance in input units up to which the prediction provably stays, `(n,)`,
-            float64, rounded down; 0 where nothing is proved (ties, NaN or infinite logits).
+        radius: Distance in input units (L2, see `p`) up to which the prediction provably stays,
+            `(n,)`, float64, rounded down; 0 where nothing is proved (ties, NaN or infinite logits).
         kind: What the claim is: an upper bound's proof, one that may fail, or an estimate.
         failure: Probability that the claim is false (0 unless probabilistic).
         margins: f_prediction - f_j, `(n, classes)`, float64, rounded down; the entry of the
             prediction itself is infinite.
         constants: K_prediction,j, `(n, classes)`, float64.
         valid_radius: Up to which radius the constants hold, `(n,)`.
+        p: The norm of the radii: 2 unless the bound was built for another one.
     """
 
     prediction: Int[Tensor, " n"]
@@ -38,6 +39,7 @@ class Certificate:
     margins: Float[Tensor, "n classes"]
     constants: Float[Tensor, "n classes"]
     valid_radius: Float[Tensor, " n"]
+    p: float = 2.0
 
     def __len__(self) -> int:
         return len(self.prediction)
@@ -147,7 +149,9 @@ def from_logits(logits: Float[Tensor, "n classes"], constants: MarginConstants) 
     ratio = ratio.where((margins > 0) & rows.isfinite(), 0)
     valid = torch.as_tensor(constants.valid_radius, dtype=torch.float64).expand(len(logits)).cpu()
     radius = torch.minimum(ratio.amin(1), valid)
-    return Certificate(prediction, radius, constants.kind, constants.failure, margins, rows, valid)
+    return Certificate(
+        prediction, radius, constants.kind, constants.failure, margins, rows, valid, constants.p
+    )
 
 
 def _check_kind(kind: Kind, allow_estimate: bool) -> None:
@@ -212,9 +216,9 @@ def _joined(parts: list[Certificate], local: bool) -> Certificate:
     # A global bound was computed once for all parts; local ones anew for each: a union bound.
     failures = [part.failure for part in parts]
     failure = min(1.0, sum(failures)) if local else failures[0]
-    names = "margins", "constants", "valid_radius"
     return Certificate(
-        cat("prediction"), cat("radius"), kind, failure, *(cat(name) for name in names)
+        *(cat("prediction"), cat("radius"), kind, failure),
+        *(cat("margins"), cat("constants"), cat("valid_radius"), parts[0].p),
     )
 
 

@@ -29,26 +29,32 @@ class End:
     rows: Float[Tensor, "classes n"] | None
 
 
-def margins(classes: int, ends: Sequence[End]) -> MarginConstants:
-    """The constants of all pairs of logits."""
+def margins(classes: int, ends: Sequence[End], p: float) -> MarginConstants:
+    """The constants of all pairs of logits, for distances in the l_p norm."""
+    q = _dual(p)
 
     def row(wanted: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
         terms = [
-            _distances(end.rows, wanted, classes, end.reached.value) * end.reached.value
+            _distances(end.rows, wanted, classes, end.reached.value, q) * end.reached.value
             for end in ends
         ]
         return torch.stack(terms).sum(0)
 
-    return MarginConstants(row, classes, *_claim(ends))
+    return MarginConstants(row, classes, *_claim(ends), p=p)
 
 
-def single_logits(classes: int, ends: Sequence[End]) -> Constant:
+def single_logits(classes: int, ends: Sequence[End], p: float) -> Constant:
     """The constants of the single logits; `value` has shape `(classes,)`."""
     total = torch.zeros(classes, dtype=torch.float64, device=ends[0].reached.value.device)
     for end in ends:
-        size = 1 if end.rows is None else torch.linalg.vector_norm(end.rows, dim=1)
+        size = 1 if end.rows is None else torch.linalg.vector_norm(end.rows, _dual(p), dim=1)
         total = total + end.reached.value * size
     return Constant(total, *_claim(ends))
+
+
+def _dual(p: float) -> float:
+    """Q with |sum_k a_k b_k| <= |a|_q |b|_p."""
+    return math.inf if p == 1 else 1.0 if p == math.inf else p / (p - 1)
 
 
 def _claim(ends: Sequence[End]) -> tuple[Kind, float]:
@@ -60,20 +66,24 @@ def _claim(ends: Sequence[End]) -> tuple[Kind, float]:
 
 
 def _distances(
-    rows: Float[Tensor, "classes n"] | None, wanted: Int[Tensor, " b"], classes: int, like: Tensor
+    rows: Float[Tensor, "classes n"] | None,
+    wanted: Int[Tensor, " b"],
+    classes: int,
+    like: Tensor,
+    q: float,
 ) -> Float[Tensor, "b classes"]:
-    """|W_i - W_j| for the wanted i and every j, from the differences themselves.
+    """|W_i - W_j|_q for the wanted i and every j, from the differences themselves.
 
     (Through W W^T equal rows would come out as a large number times the rounding error.)
     """
     if rows is None:  # the unit vectors
         other = torch.arange(classes, device=like.device) != wanted.to(like.device)[:, None]
-        return math.sqrt(2) * other.to(like.dtype)
+        return 2 ** (1 / q) * other.to(like.dtype)
     wanted = wanted.to(rows.device)
     rows = rows.to(torch.promote_types(rows.dtype, like.dtype))
     exactly = "donot_use_mm_for_euclid_dist"
     if len(rows) <= len(wanted):
         upper = torch.triu_indices(classes, classes, 1)
-        every = rows.new_zeros(classes, classes).index_put(tuple(upper), torch.pdist(rows))
+        every = rows.new_zeros(classes, classes).index_put(tuple(upper), torch.pdist(rows, q))
         return (every + every.mT)[wanted]
-    return torch.cdist(rows[wanted], rows, compute_mode=exactly)
+    return torch.cdist(rows[wanted], rows, q, exactly)

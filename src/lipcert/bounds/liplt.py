@@ -24,7 +24,13 @@ from torch import Tensor
 from lipcert.bounds.cover import circular_cover
 from lipcert.bounds.ends import End, margins, single_logits
 from lipcert.bounds.joint import joint_norm
-from lipcert.bounds.margin import Bound, MarginConstants, device_of, full_precision
+from lipcert.bounds.margin import (
+    Bound,
+    MarginConstants,
+    check_strategy,
+    device_of,
+    full_precision,
+)
 from lipcert.bounds.paths import Paths, Step, rows_at_sources
 from lipcert.errors import LipcertError
 from lipcert.graph import Graph, Input, Lipschitz, Node, Slope
@@ -57,14 +63,12 @@ class LipLT(Bound):
         super().__init__(graph)
         self.norm = Auto() if norm is None else norm
         self.joint = joint
-        if not isinstance(self.norm, Strategy):
+        check_strategy(self.norm, graph)
+        self.p = self.norm.p
+        if joint and (isinstance(self.norm, Iterative) or self.norm.p != 2):
             raise LipcertError(
-                f"norm={norm!r} is no strategy; give one as a value, e.g. norm=lc.Auto()."
-            )
-        if joint and isinstance(self.norm, Iterative):
-            raise LipcertError(
-                "joint=True needs a strategy without iterated vectors, e.g. norm=lc.Auto(); train "
-                "with joint=False."
+                "joint=True needs an L2 strategy without iterated vectors, e.g. norm=lc.Auto(); "
+                "train with joint=False."
             )
         self._inner = Paths(graph, [n.inputs[0] for n in graph if _spreads(n)])
         self._whole = Paths(graph, [*self._inner.ends, graph.output])
@@ -77,7 +81,7 @@ class LipLT(Bound):
 
     def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
         """The constants of all pairs; `x` is not looked at."""
-        return margins(self.classes, self._ends())
+        return margins(self.classes, self._ends(), self.p)
 
     def lipschitz(self) -> Constant:
         """A Lipschitz constant of the whole output vector."""
@@ -85,7 +89,7 @@ class LipLT(Bound):
 
     def per_output(self) -> Constant:
         """Lipschitz constants of the single logits; `value` has shape `(classes,)`."""
-        return single_logits(self.graph.output.shape[0], self._ends())
+        return single_logits(self.graph.output.shape[0], self._ends(), self.p)
 
     def prefix(self, upto: Node | str) -> Constant:
         """A Lipschitz constant of the function from the input to a node (or its name)."""
@@ -96,8 +100,9 @@ class LipLT(Bound):
             return self._swept(_upto(self.graph, self._inner, target))[target]
 
     def prefixes(self) -> dict[Node, Constant]:
-        """Bounds of the sub-networks that come along: from the input to each input of an
-        activation or opaque function, and to the output.
+        """The bounds of sub-networks that come along.
+
+        From the input to each input of an activation or opaque function, and to the output.
         """
         with full_precision(self.graph):
             return self._reached(self._whole)
@@ -105,7 +110,7 @@ class LipLT(Bound):
     def explained(self) -> tuple[dict[Node, Constant], MarginConstants]:
         """`prefixes()` and the constants of all pairs, every norm computed once."""
         classes, prefixes = self.classes, self.prefixes()
-        return prefixes, margins(classes, self._ends(prefixes))
+        return prefixes, margins(classes, self._ends(prefixes), self.p)
 
     def _ends(self, reached: dict[Node, Constant] | None = None) -> list[End]:
         """For each source of the output: how far it can change, and the rows of its map."""

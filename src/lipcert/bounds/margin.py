@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
-from lipcert.graph import Graph, Node
+from lipcert.graph import Graph, Lipschitz, Node
 from lipcert.kinds import Constant, Kind
+from lipcert.spectral import Strategy
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,7 @@ class MarginConstants:
     """K with: for every x' with |x' - x| = r <= valid_radius, f_i - f_j falls by at most K_ij r.
 
     Pairs (i, j) are ordered, the diagonal means nothing and is never read. Units: logits per unit
-    of input, in L2.
+    of input, distances in the l_p norm.
 
     Attributes:
         row: `classes (b,) -> (b, c)`: K_ij for i = classes[b] and every j, computed when asked
@@ -29,6 +30,7 @@ class MarginConstants:
         failure: Probability that the claim is false (0 unless probabilistic).
         batch: Number of samples of a local bound; None for a global one, true for every x.
         valid_radius: Up to which distance the claim holds, `(b,)`; infinite for a global bound.
+        p: In which norm distances are measured.
     """
 
     row: Callable[[Int[Tensor, " b"]], Float[Tensor, "b c"]]
@@ -37,6 +39,7 @@ class MarginConstants:
     failure: float = 0.0
     batch: int | None = None
     valid_radius: Tensor | float = math.inf
+    p: float = 2.0
 
     def dense(self) -> Float[Tensor, "b c c"]:
         """All pairs: b is 1 for a global bound, the batch for a local one."""
@@ -52,9 +55,11 @@ class Bound(nn.Module):
     Attributes:
         graph: The traced network; its weights are read anew at each call.
         local: Whether the constants hold only around the given samples.
+        p: In which norm distances are measured.
     """
 
     local = False
+    p = 2.0
 
     def __init__(self, graph: Graph):
         if not isinstance(graph, Graph):
@@ -104,3 +109,18 @@ def full_precision(graph: Graph) -> torch.autocast:
 def device_of(graph: Graph) -> torch.device:
     """Where the weights lie; slopes and the norms of fixed maps are computed on the CPU."""
     return next((t.device for t in graph.model.parameters()), torch.device("cpu"))
+
+
+def check_strategy(norm: Strategy, graph: Graph) -> None:
+    """Raises LipcertError unless the strategy is one, and fits what the graph's nodes say."""
+    if not isinstance(norm, Strategy):
+        raise LipcertError(
+            f"norm={norm!r} is no strategy; give one as a value, e.g. norm=lc.Auto()."
+        )
+    opaque = [n.name for n in graph if isinstance(n.op, Lipschitz)]
+    if norm.p != 2 and opaque:
+        raise LipcertError(
+            f"norm={norm!r} gives l_{norm.p:g} bounds, but the constants of {', '.join(opaque)} "
+            "are known for L2 only. Use norm=lc.Auto(), or a network of affine layers and elementwise "
+            "activations."
+        )

@@ -1,7 +1,7 @@
 """Linear paths through a network whose activations are split into a linear part and a rest.
 
-An elementwise function with secant slopes in [a, b] is phi(z) = C z + D psi(z) with C = (a + b) / 2,
-D = (b - a) / 2 and every secant slope of psi in [-1, 1]. So between two inputs the value of any
+An elementwise function with secant slopes in [a, b] is phi(z) = C z + D psi(z), C = (a + b) / 2,
+D = (b - a) / 2, and every secant slope of psi lies in [-1, 1]. Between two inputs the value of any
 node changes by the sum over *sources* s of A_s times the change of s: the network's input, every
 psi, and every function of which only a constant is known. A_s is linear: what all paths from the
 source to the node do, activations replaced by their C.

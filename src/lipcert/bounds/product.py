@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipcert.bounds.ends import End, margins, single_logits
-from lipcert.bounds.margin import Bound, MarginConstants, device_of, full_precision
+from lipcert.bounds.margin import Bound, MarginConstants, check_strategy, device_of, full_precision
 from lipcert.bounds.slopes import steepest
-from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Concat, Graph, Input, Lipschitz, Node, Slope, Sum
 from lipcert.kinds import Constant, Kind, weakest
 from lipcert.linear_kinds import Dense
@@ -53,10 +52,8 @@ class Product(Bound):
     def __init__(self, graph: Graph, norm: Strategy | None = None):
         super().__init__(graph)
         self.norm = Auto() if norm is None else norm
-        if not isinstance(self.norm, Strategy):
-            raise LipcertError(
-                f"norm={norm!r} is no strategy; give one as a value, e.g. norm=lc.Auto()."
-            )
+        check_strategy(self.norm, graph)
+        self.p = self.norm.p
         self._buffer_of: dict[Node, str] = {}
         if isinstance(self.norm, Iterative):
             for place, n in enumerate(graph):
@@ -68,7 +65,7 @@ class Product(Bound):
 
     def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
         """The constants of all pairs; `x` is not looked at."""
-        return margins(self.classes, self._ends())
+        return margins(self.classes, self._ends(), self.p)
 
     def lipschitz(self) -> Constant:
         """A Lipschitz constant of the whole output vector."""
@@ -76,7 +73,7 @@ class Product(Bound):
 
     def per_output(self) -> Constant:
         """Lipschitz constants of the single logits; `value` has shape `(classes,)`."""
-        return single_logits(self.graph.output.shape[0], self._ends())
+        return single_logits(self.graph.output.shape[0], self._ends(), self.p)
 
     def prefix(self, upto: Node | str) -> Constant:
         """A Lipschitz constant of the function from the input to a node (or its name)."""
@@ -93,7 +90,7 @@ class Product(Bound):
         """`layers()` and the constants of all pairs, every norm computed once."""
         classes, layers = self.classes, self.layers()
         ends = self._ends({layer.node: layer for layer in layers})
-        return layers, margins(classes, ends)
+        return layers, margins(classes, ends, self.p)
 
     def _ends(self, reached: dict[Node, Layer] | None = None) -> list[End]:
         """For each term of the output: the bound of what feeds it, and the rows of its map."""
@@ -120,7 +117,7 @@ class Product(Bound):
                 parts = [*before, *([gain] if gain else [])]
                 kind = weakest(part.kind for part in parts)
                 failure += gain.failure if gain else 0.0  # the union over every norm so far
-                value = _combine(n, gain, before).to(device)
+                value = _combine(n, gain, before, self.p).to(device)
                 prefix = Constant(value, kind, min(1.0, failure))
                 layers[n] = Layer(n, gain, prefix)
         return layers
@@ -145,14 +142,14 @@ class Product(Bound):
         return constant
 
 
-def _combine(n: Node, gain: Constant | None, before: list[Constant]) -> Tensor:
+def _combine(n: Node, gain: Constant | None, before: list[Constant], p: float) -> Tensor:
     match n.op:
         case Input():
             return torch.ones((), dtype=torch.float64)
         case Sum():
             return torch.stack([b.value for b in before]).sum()
         case Concat():
-            return torch.linalg.vector_norm(torch.stack([b.value for b in before]))
+            return torch.linalg.vector_norm(torch.stack([b.value for b in before]), p)
         case _:
             assert gain is not None
             return gain.value * before[0].value

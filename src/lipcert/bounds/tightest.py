@@ -27,6 +27,9 @@ class Tightest(Bound):
         super().__init__(members[0].graph)
         if any(member.graph.model is not self.graph.model for member in members):
             raise LipcertError("tightest() takes bounds of one network; these are of several.")
+        if len({member.p for member in members}) > 1:
+            raise LipcertError("tightest() takes bounds for one norm of the input.")
+        self.p = members[0].p
         self.members = nn.ModuleList(members)  # for their state
         self._bounds = members
 
@@ -61,7 +64,8 @@ def tightest_pairs(constants: Sequence[MarginConstants]) -> MarginConstants:
         return torch.stack([r.to(rows[0].device, torch.float64) for r in rows]).amin(0)
 
     failure = min(1.0, sum(c.failure for c in constants))
-    return MarginConstants(row, constants[0].classes, weakest(c.kind for c in constants), failure)
+    kind, p = weakest(c.kind for c in constants), constants[0].p
+    return MarginConstants(row, constants[0].classes, kind, failure, p=p)
 
 
 def least(constants: Sequence[Constant]) -> Constant:

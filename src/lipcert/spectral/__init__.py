@@ -11,10 +11,12 @@ from lipcert.spectral.lobpcg import LOBPCG
 from lipcert.spectral.power_bound import PowerBound
 from lipcert.spectral.power_iteration import PowerIteration
 from lipcert.spectral.strategy import Strategy
+from lipcert.spectral.sums import ColumnSum, RowSum
 
 __all__ = [
     "LOBPCG",
     "Auto",
+    "ColumnSum",
     "Count",
     "Exact",
     "Fourier",
@@ -23,5 +25,6 @@ __all__ = [
     "Lanczos",
     "PowerBound",
     "PowerIteration",
+    "RowSum",
     "Strategy",
 ]

@@ -17,9 +17,14 @@ class Strategy(ABC):
 
     Strategies are values without state; what an iterative one improves from call to call is kept by
     whoever calls it (see `iterative`).
+
+    Attributes:
+        kind: What the number claims.
+        p: Of which l_p norm, on both sides of the map, it is the operator norm.
     """
 
     kind: ClassVar[Kind]
+    p: ClassVar[float] = 2.0
 
     @abstractmethod
     def __call__(self, map: LinearMap) -> Constant:
