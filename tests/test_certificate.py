@@ -284,6 +284,23 @@ def test_batches_equal_one_batch_and_are_reported(mlp):
     assert (parts.prediction == net(x).argmax(1)).all()
 
 
+def test_constants_evaluated_before_are_taken_as_they_are(mlp, monkeypatch):
+    net, bound = mlp
+    x = torch.randn(4, 6)
+    expected, constants = lc.certify(net, x, bound=bound), bound()
+    doubled = MarginConstants(lambda labels: 2 * constants.row(labels), 3, constants.kind)
+    monkeypatch.setattr(type(bound), "forward", None)  # not evaluated again
+    assert_same(lc.certify(net, x, bound=bound, constants=constants), expected)
+    halved = lc.certify(net, x, bound=bound, constants=doubled)
+    torch.testing.assert_close(halved.radius, expected.radius / 2)
+    guess = MarginConstants(constants.row, 3, lc.Kind.ESTIMATE)
+    with pytest.raises(lc.LipcertError, match="estimate"):
+        lc.certify(net, x, bound=bound, constants=guess)
+    other = NETS["mlp"].build(1)
+    with pytest.raises(lc.LipcertError, match="traced"):
+        lc.certify(other, x, bound=bound, constants=constants)
+
+
 def test_the_network_runs_in_eval_mode_and_gets_its_mode_back():
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
     x = torch.randn(7, 6)

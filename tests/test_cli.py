@@ -13,8 +13,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from lipcert import cli, commands, evaluate, recipes, smallest
+from lipcert import cli, commands, evaluate, recipes, smallest, tables
 from lipcert import run as runs
+from lipcert.bound_table import BoundRow, BoundTable, LayerRow
 from lipcert.recipe import override
 
 VERBS = ["attack", "bound", "certify", "demo", "recipes", "report", "train"]
@@ -98,10 +99,14 @@ def test_the_chain_of_verbs(run_folder, capsys, tmp_path):
     assert attack["robust_accuracy"]["36/255"]["value"] >= summary["cra"]["36/255"]
 
     assert call("bound", run_folder, "--json") == 0
-    (table,) = json.loads(capsys.readouterr().out)
-    assert table["kind"] == "upper"
-    assert table["lipschitz"] >= table["sampled_lower_bound"] > 0
+    table = json.loads(capsys.readouterr().out)
+    assert [row["bound"] for row in table["bounds"]] == ["product", "liplt"]
+    assert {row["kind"] for row in table["bounds"]} == {"upper"}
+    assert min(row["lipschitz"] for row in table["bounds"]) >= table["sampled_lower_bound"] > 0
     assert sum(row["share"] for row in table["layers"]) == pytest.approx(1)
+    kept = json.loads((run_folder / "bound.json").read_text())
+    for row, old in zip(table["bounds"], kept["bounds"], strict=True):
+        assert row | {"seconds": 0} == old | {"seconds": 0}
 
     page = tmp_path / "page.html"
     assert call("report", run_folder, "--out", page) == 0
@@ -247,8 +252,9 @@ def test_a_network_of_ones_own(tmp_path, capsys, monkeypatch):
         "here = make()\n"
     )
     assert call("bound", "mynet:make", "--input-shape", "3,2,2", "--json") == 0
-    (table,) = json.loads(capsys.readouterr().out)
-    assert table["lipschitz"] == pytest.approx(table["sampled_lower_bound"], rel=1e-3)
+    table = json.loads(capsys.readouterr().out)
+    for row in table["bounds"]:
+        assert row["lipschitz"] == pytest.approx(table["sampled_lower_bound"], rel=1e-3)
     assert "--input-shape" in refused(capsys, "bound", "mynet:make")
     assert "C,H,W" in refused(capsys, "bound", "mynet:make", "--input-shape", "3x2x2")
     assert "shape" in refused(capsys, "bound", "mynet:make", "--input-shape", "3,2,3")
@@ -294,6 +300,95 @@ def test_what_does_not_go_with_a_run_is_refused(capsys, run_folder, tmp_path):
 
 def test_an_unknown_bound_is_refused(capsys, run_folder):
     assert "product" in refused(capsys, "certify", run_folder, "--bound", "magic")
+    assert "liplt" in refused(capsys, "bound", run_folder, "--bound", "magic")
+
+
+DEEP = """
+from torch import nn
+def make():
+    return nn.Sequential(
+        nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4)
+    )
+def whole():
+    return nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Conv1d(2, 1, 3))
+"""
+
+
+@pytest.fixture
+def deep(tmp_path, monkeypatch):
+    """A network for which LipLT is far below the product, and one without logits."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("deep_net.py").write_text(DEEP)
+    yield "deep_net"
+    sys.modules.pop("deep_net", None)
+
+
+def bounds_of(capsys, *words):
+    assert call("bound", *words, "--json") == 0
+    table = json.loads(capsys.readouterr().out)
+    return table, {row["bound"]: row for row in table["bounds"]}
+
+
+def test_bounds_side_by_side(deep, capsys):
+    torch.manual_seed(0)
+    net = ["--bound", "liplt", "--bound", "auto", "--bound", "product"]
+    table, rows = bounds_of(capsys, f"{deep}:make", "--input-shape", 6, *net)
+    assert list(rows) == ["liplt", "auto", "product"]
+    best = rows["auto"]["lipschitz"]
+    assert best == rows["liplt"]["lipschitz"] < 0.8 * rows["product"]["lipschitz"]
+    for row in rows.values():
+        assert row["ratio"] == pytest.approx(row["lipschitz"] / best)
+        assert row["smallest_pair"] <= row["median_pair"] <= row["largest_pair"]
+        assert row["seconds"] > 0
+    for end in ("smallest_pair", "median_pair", "largest_pair"):
+        assert rows["auto"][end] <= min(rows["liplt"][end], rows["product"][end])
+    assert best >= table["sampled_lower_bound"]
+    assert table["layers"][-1]["prefix"] == rows["product"]["lipschitz"]
+    torch.manual_seed(0)
+    _, alone = bounds_of(capsys, f"{deep}:make", "--input-shape", 6, "--bound", "product")
+    assert list(alone) == ["product"]
+    assert alone["product"]["ratio"] == 1
+
+
+def test_bounds_without_logits_have_no_pairs(deep, capsys):
+    _, rows = bounds_of(capsys, f"{deep}:whole", "--input-shape", "1,8", "--bound", "auto")
+    assert rows["auto"]["median_pair"] is None
+    assert call("bound", f"{deep}:whole", "--input-shape", "1,8") == 0
+    assert "│        - │" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_the_printed_table_loses_no_column(columns, monkeypatch, capsys):
+    """Numbers stay whole in 80 columns however long they are; only layer names are folded."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    rows = (
+        BoundRow("product", "upper", 12.34, 123456.7, 1.2345, 12345.6, 23456.7, 34567.8),
+        BoundRow("liplt", "probabilistic", 112.34, 98765.4, 1.0, None, None, None),
+    )
+    name = "features.stage1.block0.conv1+bn1"
+    layers = (LayerRow(name, "Lipschitz", 1.234, 123456.7, 0.00012345, 0.12),)
+    tables.show_bounds(BoundTable(rows, 0.00012345, layers))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= max(columns, 80)
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in out.splitlines()]
+    product, liplt, layer = (row for row in cells if len(row) > 1 and row[-1])
+    assert product == ["product", "upper", "1.235e+05", "1.234", "1.000e+09", "2.346e+04", "12.34"]
+    assert liplt == ["liplt", "probabilistic", "9.877e+04", "1.000", "8.000e+08", "-", "112.34"]
+    assert layer[1:] == ["Lipschitz", "1.234", "1.235e+05", "0.0001234", "1.000e+09", "12 %"]
+    names = [row[0] for row in cells if len(row) > 1][2:]
+    assert "".join(names) == name
+
+
+@pytest.mark.parametrize("bound", ["product", "liplt", "auto"])
+def test_certificates_of_each_bound(bound, run_folder, capsys):
+    assert call("certify", run_folder, "--bound", bound, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["bound"] == bound
+    kept = json.loads((run_folder / "bound.json").read_text())
+    shown = ["product"] if bound == "product" else ["product", "liplt"]
+    assert [row["bound"] for row in kept["bounds"]] == shown
+    rows = evaluate.read_certificates(runs.open_run(run_folder))
+    assert rows.schema.metadata[b"bound"] == bound.encode()
 
 
 def test_nan_weights_are_refused(capsys, tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from lipcert import recipes
 from lipcert.attacking import read_inequality
-from lipcert.bound_table import BoundTable, LayerRow
+from lipcert.bound_table import BoundRow, BoundTable, LayerRow
 from lipcert.data import Split, load
 from lipcert.errors import LipcertError
 from lipcert.inequality import RADII
@@ -156,12 +156,16 @@ def add_attack(run, at=None, flipped=0, samples=None):
     return run
 
 
-def add_bound(run, name="0+1"):
+def add_bound(run, name="0+1", bound="liplt"):
     layers = (
         LayerRow(name, "Affine", 2.0, 2.0, 1.6, 0.25),
         LayerRow("2", "Sum", None, 6.0, 3.0, -0.0001),
     )
-    table = BoundTable("auto", "upper", 0.1, 6.0, 3.0, 1.0, 2.0, 4.0, layers)
+    bounds = (
+        BoundRow("product", "upper", 0.1, 6.0, 1.2, 1.0, 2.0, 4.0),
+        BoundRow(bound, "upper", 0.2, 5.0, 1.0, None, None, None),
+    )
+    table = BoundTable(bounds, 3.0, layers)
     run.write_json("bound.json", dataclasses.asdict(table))
 
 
@@ -230,6 +234,12 @@ def test_tables_say_what_the_files_say(tmp_path):
         ["0+1", "Affine", "2.000", "2.000", "1.600", "1.250", percent(0.25), ""],
         ["2", "Sum", "–", "6.000", "3.000", "2.000", percent(0.0), ""],
     ]
+    assert page.table("Over sampled") == [
+        ["product", "6.000", "1.200", "2.000", "1.000", "2.000", "4.000", "upper", "0.10"],
+        ["liplt", "5.000", "1.000", "1.667", "–", "–", "–", "upper", "0.20"],
+    ]
+    assert "Lipschitz constant (liplt, upper)5.000" in page.text
+    assert "seen on images is 3.000" in page.text
     for shown in (
         percent(summary["clean_accuracy"]),
         number(summary["acr"]),
@@ -279,10 +289,10 @@ def test_text_from_files_is_escaped(tmp_path):
         complete(make_run(tmp_path / name, recipe=recipe, class_name=nasty_class, data="/" + NASTY))
         for name in ("a", "<i>b")
     ]
-    add_bound(runs[0], name=NASTY + "6")
+    add_bound(runs[0], name=NASTY + "6", bound=NASTY + "7")
     page = page_of(*runs)
     assert "script" not in {name for name, _ in page.tags}
-    assert all(NASTY + ending in page.text for ending in ("0", "2", "3", "4", "5", "6"))
+    assert all(NASTY + ending in page.text for ending in ("0", "2", "3", "4", "5", "6", "7"))
     assert "<i>b" in page.text
     assert tag("p", "<", Html("<b></b>"), title='"') == '<p title="&quot;">&lt;<b></b></p>'
 
@@ -559,7 +569,9 @@ EFFORT = {"samples": 12, "steps": 1, "restarts": 1, "seed": 0}
         (recorded(label=[None, *[1] * 11]), "certificates.parquet", CERTIFY),
         (written("bound.json", b"\xff"), "bound.json", CERTIFY),
         (changed("bound.json", layers=[{}]), "bound.json", CERTIFY),
-        (changed("bound.json", lipschitz=True), "bound.json", CERTIFY),
+        (changed("bound.json", sampled_lower_bound=True), "bound.json", CERTIFY),
+        (changed("bound.json", bounds=[]), "no bound in 'bounds'", CERTIFY),
+        (changed("bound.json", bounds=None), "bound.json", CERTIFY),
         (changed("attack.json", inside={}), "attack.json", ATTACK),
         (
             changed("attack.json", robust_accuracy={"0.5": EFFORT | {"value": 2.0}}),

@@ -13,6 +13,7 @@ from torch import Tensor
 from lipcert.adversary import lower_bound
 from lipcert.bounds import Bound, Layer, LipLT, MarginConstants, Product, tightest
 from lipcert.bounds.tightest import least, tightest_pairs
+from lipcert.errors import LipcertError
 from lipcert.graph import Graph, Node
 from lipcert.kinds import Constant
 
@@ -96,6 +97,10 @@ class BoundTable:
     bounds: tuple[BoundRow, ...]
     sampled_lower_bound: float
     layers: tuple[LayerRow, ...]
+
+    def __post_init__(self):
+        if not self.bounds:
+            raise LipcertError("there is no bound in 'bounds'")
 
     @property
     def best(self) -> BoundRow:

@@ -14,15 +14,18 @@ from lipcert.recipe import Recipe, settings
 
 def _print(*things: Any) -> None:
     console = Console(highlight=False)
+    console.width = max(80, console.width)  # in less, columns would be squeezed to nothing
     for thing in things:
         console.print(thing)
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str, rigid: bool = False) -> Table:
+    """The first column says what a row is; a rigid table breaks lines there only, if it has to."""
     table = Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
         justify: Any = "left" if place == 0 else "right"
-        table.add_column(column, justify=justify, overflow="fold")
+        no_wrap = rigid and place > 0
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=no_wrap)
     return table
 
 
@@ -91,25 +94,25 @@ def show_training(last: dict[str, Any]) -> None:
 def show_bounds(found: BoundTable) -> None:
     """Bounds one beside the other, then the layers of the product bound."""
     over = _table(
-        f"Lipschitz bounds (L2); sampled: the true constant is at least "
-        f"{_number(found.sampled_lower_bound)}",
-        *("bound", "K of the logits", "/ best", "/ sampled", "K of pairs: median", "largest"),
-        *("kind", "s"),
+        f"Lipschitz bounds (L2); Jacobian norms sampled: up to {_number(found.sampled_lower_bound)}",
+        *("bound", "kind", "K of the\nlogits", "K /\nbest", "K /\nsampled"),
+        *("median K\nof pairs", "s"),
+        rigid=True,
     )
     for row in found.bounds:
         over.add_row(
             row.bound,
+            row.kind,
             _number(row.lipschitz),
-            f"{row.ratio:.3f}",
+            f"{row.ratio:#.4g}",
             _loose(row.lipschitz, found.sampled_lower_bound),
             _number(row.median_pair),
-            _number(row.largest_pair),
-            row.kind,
             f"{row.seconds:.2f}",
         )
     layers = _table(
-        "The product bound layer by layer; loose = bound / largest Jacobian norm seen",
-        *("layer", "node", "constant", "bound so far", "sampled", "loose", "share"),
+        "The product bound layer by layer; loose = bound / sampled",
+        *("layer", "node", "constant", "bound\nso far", "sampled", "loose", "share"),
+        rigid=True,
     )
     for layer in found.layers:
         layers.add_row(
@@ -125,7 +128,7 @@ def show_bounds(found: BoundTable) -> None:
 
 
 def _loose(bound: float, sampled: float) -> str:
-    return f"{bound / sampled:.3f}" if sampled > 0 else "-"
+    return f"{bound / sampled:#.4g}" if sampled > 0 else "-"
 
 
 def show_summary(summary: dict[str, Any], attack: dict[str, Any] | None = None) -> None:

@@ -62,22 +62,32 @@ def circular_cover(graph: Graph) -> Cover | None:
 
 
 def _strides(graph: Graph) -> dict[Node, Shape]:
-    """The nodes that can be covered, each with the stride of its grid against the input's."""
+    """The nodes that can be covered, each with the stride of its grid against the input's.
+
+    A convolution must read what is zero outside the image, where its padding is: the input,
+    activations and sums of these, but no other convolution.
+    """
     found: dict[Node, Shape] = {}
+    zero_outside: set[Node] = set()
     for n in graph:
         if isinstance(n.op, Input):
             if len(n.shape) > 1:
                 found[n] = (1,) * (len(n.shape) - 1)
+                zero_outside.add(n)
         elif all(i in found for i in n.inputs):
             before = found[n.inputs[0]]
             conv = _convolution(n)
             if conv is not None:
-                found[n] = tuple(a * b for a, b in zip(before, conv.stride, strict=True))
+                if n.inputs[0] in zero_outside:
+                    found[n] = tuple(a * b for a, b in zip(before, conv.stride, strict=True))
             elif isinstance(n.op, Slope):
                 if _same_everywhere(n):
                     found[n] = before
+                    zero_outside.add(n)
             elif isinstance(n.op, Sum) and len({found[i] for i in n.inputs}) == 1:
                 found[n] = before
+                if zero_outside.issuperset(n.inputs):
+                    zero_outside.add(n)
     return found
 
 

@@ -34,14 +34,17 @@ def joint_norm(
         norms: ||A_s||.
         strategy: How the norm of the stacked maps is computed.
     """
+    maps = {s: map.to(torch.float64) for s, map in maps.items()}
     with torch.no_grad():
         sizes = torch.stack([norms[s].value * radii[s] for s in maps])
         theta = _weights(sizes)
         for _ in range(_UPDATES):
             stack = _stack(maps, radii, theta)
-            start = _TOP.start(stack.in_shape, stack.like)
+            generator = torch.Generator().manual_seed(0)
+            shape = _TOP.kept, *stack.in_shape
+            start = torch.randn(shape, generator=generator, dtype=torch.float64).to(stack.like)
             top = _TOP.refine(stack, start)[1][:1]
-            pulled = [map.to(torch.float64).adjoint(top).norm() for map in maps.values()]
+            pulled = [map.adjoint(top).norm() for map in maps.values()]
             theta = _weights(torch.stack(pulled) * torch.stack([radii[s] for s in maps]))
     return strategy(_stack(maps, radii, theta))
 
@@ -57,6 +60,6 @@ def _stack(maps: Mapping[Node, LinearMap], radii: Mapping[Node, Tensor], theta: 
     parts = []
     for (s, map), share in zip(maps.items(), theta, strict=True):
         factor = Scale(map.in_shape, map.in_shape, radii[s].to(torch.float64) / share.sqrt())
-        parts.append(factor @ map.to(torch.float64).T)
+        parts.append(factor @ map.T)
     some = next(iter(maps.values()))
     return Stack(some.out_shape, (sum(p.out_size for p in parts),), tuple(parts))

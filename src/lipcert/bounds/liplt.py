@@ -187,14 +187,16 @@ def _sweep(
             continue
         norms = {s: norm(map) for s, map in terms.items()}
         radii = {s: _radius(s, reached) for s in terms}
+        claims = [*norms.values(), *radii.values()]
         values = [norms[s].value * radii[s].value.to(norms[s].value) for s in terms]
         value = torch.stack([v.to(values[-1].device) for v in values]).sum()
         failure += sum(constant.failure for constant in norms.values())  # the union over every norm
         if joint and len(terms) > 1:
             together = joint_norm(terms, {s: radii[s].value for s in terms}, norms, norm)
+            claims.append(together)
             failure += together.failure
             value = torch.minimum(value, together.value.to(value))
-        kind = weakest(part.kind for part in (*norms.values(), *radii.values()))
+        kind = weakest(claim.kind for claim in claims)
         reached[end] = Constant(value, kind, min(1.0, failure))
     return reached
 

@@ -121,6 +121,6 @@ def check_strategy(norm: Strategy, graph: Graph) -> None:
     if norm.p != 2 and opaque:
         raise LipcertError(
             f"norm={norm!r} gives l_{norm.p:g} bounds, but the constants of {', '.join(opaque)} "
-            "are known for L2 only. Use norm=lc.Auto(), or a network of affine layers and elementwise "
-            "activations."
+            "are known for L2 only. Use norm=lc.Auto(), or a network of affine layers and "
+            "elementwise activations."
         )

@@ -34,9 +34,8 @@ class Step:
     """What a node does.
 
     Attributes:
-        through: To what passes through it; None where nothing does, and for sums and
-            concatenations.
-        emit: To what starts at it; None for the identity, and where nothing does.
+        through: To what passes through it; None for the identity, and where nothing passes.
+        emit: To what starts at it; None for the identity, and where nothing starts.
     """
 
     through: LinearMap | None = None
@@ -58,7 +57,8 @@ def linear_step(n: Node, like: Tensor | None = None) -> Step:
             low, high = everywhere(n)
             halves = (low + high) / 2, (high - low) / 2
             if like is not None:
-                halves = halves[0].to(like), halves[1].to(like)
+                # A number stays where it is, so that nobody waits for an accelerator.
+                halves = tuple(half.to(like) if half.ndim else half for half in halves)
             return Step(*(Scale(n.shape, n.shape, half) for half in halves))
         case _:
             return Step()
@@ -97,6 +97,15 @@ class Paths:
                 before.update(s for i in n.inputs for s in self.sources[i])
             self.sources[n] = tuple(sorted(before, key=order.__getitem__))
 
+        # Activations that only affine maps read, with these maps.
+        users = {n: [m for m in self._nodes if n in m.inputs] for n in self._nodes}
+        self._readers = {
+            n: users[n]
+            for n in self._nodes
+            if isinstance(n.op, Slope)
+            and n not in wanted
+            and all(isinstance(m.op, Affine) for m in users[n])
+        }
         by_end = [(s, end) for end in self.ends for s in self.sources[end]]
         by_source = [(s, end) for s in self.starts() for end in self.ends_after[s]]
         place = {pair: i for i, pair in enumerate(by_end)}
@@ -107,8 +116,24 @@ class Paths:
         return [n for n in self._nodes if is_source(n)]
 
     def steps(self, like: Tensor | None = None) -> dict[Node, Step]:
-        """The step of every node that matters, see `linear_step`."""
-        return {n: linear_step(n, like) for n in self._nodes}
+        """The step of every node that matters, see `linear_step`.
+
+        With `like`, the maps are the same from every source to every end, but an activation of
+        equal slopes leaves the multiplication with C to the affine maps that read it, whose
+        weights are fewer than the numbers of all vectors.
+        """
+        steps = {n: linear_step(n, like) for n in self._nodes}
+        if like is not None:
+            for n, readers in self._readers.items():
+                c, d = steps[n].through, steps[n].emit
+                if isinstance(c, Scale) and isinstance(d, Scale) and _fixed_number(c.diagonal):
+                    share = d.diagonal / c.diagonal
+                    steps[n] = Step(None, None if share == 1 else Scale(n.shape, n.shape, share))
+                    for m in readers:
+                        map = steps[m].through
+                        assert map is not None
+                        steps[m] = Step(simplify(Scale(m.shape, m.shape, c.diagonal) @ map))
+        return steps
 
     def push(self, steps: Mapping[Node, Step], vectors: Vectors) -> Vectors:
         """A v for every pair of an end and a source of it.
@@ -127,16 +152,14 @@ class Paths:
             if isinstance(n.op, Sum | Concat):
                 parts.append(self._joined(n, held))
             elif n.inputs and not isinstance(n.op, Lipschitz):
-                x = _take(held[n.inputs[0]], _places(self._after(n.inputs[0]), self._after(n)), 0)
-                through = steps[n].through
-                assert through is not None
-                parts.append(through.apply(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+                x = _take(held[n.inputs[0]], _places(self._later(n.inputs[0]), self._after(n)), 0)
+                parts.append(_applied(steps[n].through, x))
             if is_source(n):
-                emit, x = steps[n].emit, vectors[n]
-                parts.append((x if emit is None else emit.apply(x))[:, None])
+                parts.append(_applied(steps[n].emit, vectors[n][:, None]))
             held[n] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             if n in self.ends:
-                images[n] = held[n][0]
+                first, held[n] = held[n].split([1, len(held[n]) - 1])
+                images[n] = first[0]
         return images
 
     def pull(self, steps: Mapping[Node, Step], images: Vectors) -> Vectors:
@@ -181,11 +204,15 @@ class Paths:
     def _after(self, n: Node) -> tuple[Node, ...]:
         return self.ends_after[n]
 
+    def _later(self, n: Node) -> tuple[Node, ...]:
+        """The ends after a node without itself."""
+        return self.ends_after[n][1:] if n in self.ends else self.ends_after[n]
+
     def _joined(self, n: Node, held: Vectors) -> Tensor:
         """The sum or concatenation, each input's sources at their places among the node's."""
         parts = []
         for i in n.inputs:
-            x = _take(held[i], _places(self._after(i), self._after(n)), 0)
+            x = _take(held[i], _places(self._later(i), self._after(n)), 0)
             places = _places(self.sources[n], self.sources[i])
             parts.append(_placed([(x, places)], len(self.sources[n]), 1))
         if isinstance(n.op, Sum):
@@ -227,8 +254,17 @@ def pulled(n: Node, step: Step, y: Float[Tensor, "b ..."], place: int) -> Float[
             sizes = [math.prod(i.shape) for i in n.inputs]
             return y.split(sizes, 1)[place].reshape(-1, *n.inputs[place].shape)
         case _:
-            assert step.through is not None
-            return step.through.adjoint(y)
+            return y if step.through is None else step.through.adjoint(y)
+
+
+def _applied(map: LinearMap | None, x: Float[Tensor, "e s ..."]) -> Float[Tensor, "e s ..."]:
+    """The map applied to every vector; None is the identity."""
+    return x if map is None else map.apply(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def _fixed_number(diagonal: Tensor) -> bool:
+    """Whether a slope is one positive number that does not learn."""
+    return diagonal.ndim == 0 and not diagonal.requires_grad and bool(diagonal > 0)
 
 
 def _joined_maps(n: Node, source: Node, before: Sequence[Mapping[Node, LinearMap]]) -> LinearMap:
@@ -251,6 +287,8 @@ def _places(of: Sequence[Node], wanted: Sequence[Node]) -> list[int]:
 
 def _take(x: Tensor, places: list[int], axis: int) -> Tensor:
     """Some entries of an axis; a view where they are neighbours, as in plain chains."""
+    if len(places) == x.shape[axis]:
+        return x  # all of them, in their order
     first, count = places[0], len(places)
     if places == list(range(first, first + count)):
         return x.narrow(axis, first, count)
