@@ -94,7 +94,8 @@ def show_training(last: dict[str, Any]) -> None:
 def show_bounds(found: BoundTable) -> None:
     """Bounds one beside the other, then the layers of the product bound."""
     over = _table(
-        f"Lipschitz bounds (L2); Jacobian norms sampled: up to {_number(found.sampled_lower_bound)}",
+        "Lipschitz bounds (L2); Jacobian norms sampled: up to "
+        f"{_number(found.sampled_lower_bound)}",
         *("bound", "kind", "K of the\nlogits", "K /\nbest", "K /\nsampled"),
         *("median K\nof pairs", "s"),
         rigid=True,

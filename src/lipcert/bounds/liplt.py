@@ -14,16 +14,11 @@ Reference: arXiv 2310.00116 for chains of layers with slopes in [0, 1]; the resi
 single neurons, opaque functions and general graphs follow from the same triangle inequality.
 """
 
-import math
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipcert.bounds.cover import circular_cover
 from lipcert.bounds.ends import End, margins, single_logits
-from lipcert.bounds.joint import joint_norm
 from lipcert.bounds.margin import (
     Bound,
     MarginConstants,
@@ -31,15 +26,12 @@ from lipcert.bounds.margin import (
     device_of,
     full_precision,
 )
-from lipcert.bounds.paths import Paths, Step, rows_at_sources
+from lipcert.bounds.paths import Paths, rows_at_sources
+from lipcert.bounds.reach import radius, reached_by_norms
 from lipcert.errors import LipcertError
-from lipcert.graph import Graph, Input, Lipschitz, Node, Slope
-from lipcert.kinds import Constant, Kind, weakest
-from lipcert.linear_map import LinearMap, Matrix
-from lipcert.spectral import Auto, Exact, Fourier, Iterative, Strategy
-
-_DENSE_SIDE = 1024  # Auto: larger maps of convolutions go by frequency, where that is possible
-_MATRIX_BYTES = 2**30
+from lipcert.graph import Graph, Lipschitz, Node, Slope
+from lipcert.kinds import Constant, Kind
+from lipcert.spectral import Auto, Iterative, Strategy
 
 
 class LipLT(Bound):
@@ -97,7 +89,8 @@ class LipLT(Bound):
         with full_precision(self.graph):
             if isinstance(self.norm, Iterative) and target in self._whole.ends:
                 return self._iterated(self._whole)[target]
-            return self._swept(_upto(self.graph, self._inner, target))[target]
+            paths = _upto(self.graph, self._inner, target)
+            return reached_by_norms(self.graph, paths, self.norm, self.joint)[target]
 
     def prefixes(self) -> dict[Node, Constant]:
         """The bounds of sub-networks that come along.
@@ -120,7 +113,7 @@ class LipLT(Bound):
             rows = torch.eye(output.shape[0], dtype=like.dtype, device=like.device)
             steps = Paths(self.graph, [output]).steps(like)
             found = rows_at_sources(self.graph, output, rows, steps)
-            return [End(_radius(s, reached), rows.flatten(1)) for s, rows in found.items()]
+            return [End(radius(s, reached), rows.flatten(1)) for s, rows in found.items()]
 
     def _like(self) -> Tensor:
         """The precision to work in: that of the weights while training, else float64."""
@@ -129,21 +122,9 @@ class LipLT(Bound):
 
     def _reached(self, paths: Paths) -> dict[Node, Constant]:
         """What reaches each end."""
-        return self._iterated(paths) if isinstance(self.norm, Iterative) else self._swept(paths)
-
-    def _swept(self, paths: Paths) -> dict[Node, Constant]:
-        """What reaches each end, one norm of one map after the other."""
-        maps = paths.maps(paths.steps())
-        known: dict[Node, Constant] = {}
-        if isinstance(self.norm, Auto):
-            large = [end for end in paths.ends if _is_large(maps[end])]
-            known = _by_frequency(large, paths, self.graph)
-        if isinstance(self.norm, Auto | Exact) and not torch.is_grad_enabled():
-            steps = paths.steps(self._like())
-            for end in paths.ends:
-                if end not in known and len(maps[end]) > 1 and _fits_memory(end, maps[end]):
-                    maps[end] = _matrices(self.graph, end, steps)
-        return _sweep(maps, self.norm, self.joint, known)
+        if isinstance(self.norm, Iterative):
+            return self._iterated(paths)
+        return reached_by_norms(self.graph, paths, self.norm, self.joint)
 
     def _iterated(self, paths: Paths) -> dict[Node, Constant]:
         """The same by power iteration, all maps at once, from the vectors kept."""
@@ -164,7 +145,7 @@ class LipLT(Bound):
             setattr(self, self._name(s), fresh)  # the old tensor may be in someone's graph
         reached: dict[Node, Constant] = {}
         for end in paths.ends:
-            radii = [_radius(s, reached).value.to(norms[end]) for s in paths.sources[end]]
+            radii = [radius(s, reached).value.to(norms[end]) for s in paths.sources[end]]
             reached[end] = Constant((norms[end] * torch.stack(radii)).sum(), Kind.ESTIMATE)
         return reached
 
@@ -172,82 +153,9 @@ class LipLT(Bound):
         return f"vectors_{self._place[source]}"
 
 
-def _sweep(
-    maps: Mapping[Node, Mapping[Node, LinearMap]],
-    norm: Strategy,
-    joint: bool,
-    known: Mapping[Node, Constant],
-) -> dict[Node, Constant]:
-    """What reaches each end, from the first to the last; `known` is taken as it is."""
-    reached: dict[Node, Constant] = {}
-    failure = 0.0
-    for end, terms in maps.items():
-        if end in known:
-            reached[end] = known[end]
-            continue
-        norms = {s: norm(map) for s, map in terms.items()}
-        radii = {s: _radius(s, reached) for s in terms}
-        claims = [*norms.values(), *radii.values()]
-        values = [norms[s].value * radii[s].value.to(norms[s].value) for s in terms]
-        value = torch.stack([v.to(values[-1].device) for v in values]).sum()
-        failure += sum(constant.failure for constant in norms.values())  # the union over every norm
-        if joint and len(terms) > 1:
-            together = joint_norm(terms, {s: radii[s].value for s in terms}, norms, norm)
-            claims.append(together)
-            failure += together.failure
-            value = torch.minimum(value, together.value.to(value))
-        kind = weakest(claim.kind for claim in claims)
-        reached[end] = Constant(value, kind, min(1.0, failure))
-    return reached
-
-
-def _is_large(maps: Mapping[Node, LinearMap]) -> bool:
-    return any(min(map.in_size, map.out_size) > _DENSE_SIDE for map in maps.values())
-
-
-def _fits_memory(end: Node, maps: Mapping[Node, LinearMap]) -> bool:
-    rows = math.prod(end.shape)
-    numbers = rows * sum(map.in_size for map in maps.values())
-    return rows <= _DENSE_SIDE and 8 * numbers <= _MATRIX_BYTES
-
-
-def _matrices(graph: Graph, end: Node, steps: Mapping[Node, Step]) -> dict[Node, LinearMap]:
-    """The maps of a small end as matrices, all from one sweep back."""
-    size = math.prod(end.shape)
-    rows = torch.eye(size, dtype=torch.float64, device=device_of(graph)).reshape(-1, *end.shape)
-    found = rows_at_sources(graph, end, rows, steps)
-    return {s: Matrix(s.shape, end.shape, found[s].flatten(1)) for s in reversed(found)}
-
-
-def _by_frequency(large: list[Node], paths: Paths, graph: Graph) -> dict[Node, Constant]:
-    """What reaches those of the large ends that have a cover, from the circular network."""
-    cover = circular_cover(graph) if large else None
-    if cover is None:
-        return {}
-    wanted = [end for end in large if end in cover.of]
-    upto = paths.ends.index(wanted[-1]) + 1 if wanted else 0
-    ends = [cover.of[end] for end in paths.ends[:upto] if end in cover.of]
-    circular = Paths(cover.graph, ends)
-    reached = _sweep(circular.maps(circular.steps()), Fourier(), False, {})
-    return {end: reached[cover.of[end]] for end in wanted}
-
-
 def _spreads(n: Node) -> bool:
     """Whether a node is a source whose change depends on what reaches its input."""
     return isinstance(n.op, Slope | Lipschitz)
-
-
-def _radius(source: Node, reached: Mapping[Node, Constant]) -> Constant:
-    """How far a source can change, for a change of the input by 1."""
-    match source.op:
-        case Input():
-            return Constant(torch.ones((), dtype=torch.float64), Kind.UPPER)
-        case Lipschitz(constant=constant, kind=kind):
-            before = reached[source.inputs[0]]
-            k = torch.as_tensor(constant()).to(before.value)
-            return Constant(k * before.value, weakest((kind, before.kind)), before.failure)
-        case _:
-            return reached[source.inputs[0]]
 
 
 def _upto(graph: Graph, inner: Paths, target: Node) -> Paths:

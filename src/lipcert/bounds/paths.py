@@ -12,61 +12,20 @@ one operator call a node serves every map at once; or gives the maps themselves.
 Reference: arXiv 2310.00116 (LipLT), the loop transformation; here for any graph.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipcert.bounds.slopes import everywhere
+from lipcert.bounds.steps import Step, is_source, linear_step, pulled
 from lipcert.graph import Affine, Concat, Graph, Input, Lipschitz, Node, Slope, Sum
 from lipcert.linear_kinds import Scale, identity, zero
-from lipcert.linear_map import Add, LinearMap, Stack
+from lipcert.linear_map import Add, Composition, Generic, LinearMap, Stack, Transpose
 from lipcert.simplify import simplify
 
 Vectors = dict[Node, Tensor]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a node does.
-
-    Attributes:
-        through: To what passes through it; None for the identity, and where nothing passes.
-        emit: To what starts at it; None for the identity, and where nothing starts.
-    """
-
-    through: LinearMap | None = None
-    emit: LinearMap | None = None
-
-
-def linear_step(n: Node, like: Tensor | None = None) -> Step:
-    """The step of a node with the weights as they are now.
-
-    Args:
-        n: The node.
-        like: Fold the maps for use, in this precision and on this device; by default they are
-            left as they are, for strategies to fold in theirs.
-    """
-    match n.op:
-        case Affine(map=map):
-            return Step(map() if like is None else simplify(map().to(like.dtype)))
-        case Slope():
-            low, high = everywhere(n)
-            halves = (low + high) / 2, (high - low) / 2
-            if like is not None:
-                # A number stays where it is, so that nobody waits for an accelerator.
-                halves = tuple(half.to(like) if half.ndim else half for half in halves)
-            return Step(*(Scale(n.shape, n.shape, half) for half in halves))
-        case _:
-            return Step()
-
-
-def is_source(n: Node) -> bool:
-    """Whether changes start at the node that are no linear function of its inputs' changes."""
-    return isinstance(n.op, Input | Slope | Lipschitz)
+_PARTS = 100
 
 
 class Paths:
@@ -80,6 +39,7 @@ class Paths:
     """
 
     def __init__(self, graph: Graph, ends: Sequence[Node]):
+        self._graph = graph
         wanted = set(ends)
         after: dict[Node, set[Node]] = {n: {n} & wanted for n in graph}
         for n in reversed(graph.nodes):
@@ -198,8 +158,19 @@ class Paths:
                 found = {s: simplify(step.through @ map) for s, map in before[0].items()}
             if is_source(n):
                 found[n] = identity(n.shape) if step.emit is None else step.emit
-            held[n] = found
+            held[n] = {s: self._limited(n, s, map) for s, map in found.items()}
         return {n: held[n] for n in self.ends}
+
+    def _limited(self, end: Node, source: Node, map: LinearMap) -> LinearMap:
+        """The map; a sweep back in its place if it is made of many, as sums double the number."""
+        if _parts(map) <= _PARTS:
+            return map
+
+        def back(y: Tensor) -> Tensor:
+            steps = {n: linear_step(n, y) for n in self._nodes}
+            return rows_at_sources(self._graph, end, y, steps)[source]
+
+        return Generic(end.shape, source.shape, back).T
 
     def _after(self, n: Node) -> tuple[Node, ...]:
         return self.ends_after[n]
@@ -245,18 +216,6 @@ def rows_at_sources(
     return found
 
 
-def pulled(n: Node, step: Step, y: Float[Tensor, "b ..."], place: int) -> Float[Tensor, "b ..."]:
-    """What the adjoint of a node sends to the input at a place."""
-    match n.op:
-        case Sum():
-            return y
-        case Concat():
-            sizes = [math.prod(i.shape) for i in n.inputs]
-            return y.split(sizes, 1)[place].reshape(-1, *n.inputs[place].shape)
-        case _:
-            return y if step.through is None else step.through.adjoint(y)
-
-
 def _applied(map: LinearMap | None, x: Float[Tensor, "e s ..."]) -> Float[Tensor, "e s ..."]:
     """The map applied to every vector; None is the identity."""
     return x if map is None else map.apply(x.flatten(0, 1)).unflatten(0, x.shape[:2])
@@ -265,6 +224,17 @@ def _applied(map: LinearMap | None, x: Float[Tensor, "e s ..."]) -> Float[Tensor
 def _fixed_number(diagonal: Tensor) -> bool:
     """Whether a slope is one positive number that does not learn."""
     return diagonal.ndim == 0 and not diagonal.requires_grad and bool(diagonal > 0)
+
+
+def _parts(map: LinearMap) -> int:
+    """Of how many maps a map is made."""
+    match map:
+        case Composition(factors=parts) | Add(terms=parts) | Stack(parts=parts):
+            return sum(_parts(part) for part in parts)
+        case Transpose(inner=inner):
+            return _parts(inner)
+        case _:
+            return 1
 
 
 def _joined_maps(n: Node, source: Node, before: Sequence[Mapping[Node, LinearMap]]) -> LinearMap:

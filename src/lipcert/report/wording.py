@@ -42,8 +42,9 @@ BOUNDS_EXPLAINED = (
 LAYERS_EXPLAINED = (
     "The product bound, layer by layer. Own constant: of this layer alone. Bound so far: of "
     "everything from the input up to and including the layer. Sampled: the largest Jacobian norm "
-    "seen on images, below which the true constant cannot be. Looseness: bound over sampled, the most that the bound can be off by. "
-    "Share: the part of the final looseness, on a log scale, that this layer adds."
+    "seen on images, below which the true constant cannot be. Looseness: bound over sampled, the "
+    "most that the bound can be off by. Share: the part of the final looseness, on a log scale, "
+    "that this layer adds."
 )
 
 

@@ -108,6 +108,19 @@ def symbol(map: LinearMap, at: Float[Tensor, "f axes"]) -> Complex[Tensor, "f ou
             )
 
 
+def products(map: LinearMap) -> float:
+    """About how many complex multiplications the symbol takes at all frequencies."""
+    match map:
+        case Composition(factors=factors):
+            last = map.out_shape[0]
+            inner = (f.out_shape[0] * math.prod(f.in_shape) for f in factors[:-1])
+            return sum(products(f) for f in factors) + last * sum(inner)
+        case Add(terms=terms):
+            return sum(products(term) for term in terms)
+        case _:
+            return 0.0
+
+
 def folded(at: Float[Tensor, "f axes"], strides: tuple[int, ...]) -> Float[Tensor, "f *s axes"]:
     """The input frequencies that a stride folds onto each output frequency."""
     axes = [
