@@ -317,6 +317,16 @@ AFFINE = {
     "torch.where of two shapes": net(
         lambda s, x: torch.where(s.w > 0, x[:, :, :1], -x), *(2, 3), w=(2, 3)
     ),
+    "torch.masked_fill": net(lambda s, x: torch.masked_fill(x, s.w > 0, 2.0), *(2, 3), w=(2, 3)),
+    "x.masked_fill": net(lambda s, x: x.masked_fill(s.w > 0, 0.5), 2, 3, w=3),
+    "torch.tril": net(lambda s, x: torch.tril(x, 1), 2, 3, 4),
+    "x.tril": net(lambda s, x: x.tril(), 3, 3),
+    "torch.triu": net(lambda s, x: torch.triu(x), 3, 4),
+    "x.triu": net(lambda s, x: x.triu(-1), 3, 3),
+    "torch.index_select": net(
+        lambda s, x: torch.index_select(x, 1, (s.w > 0).long().cumsum(0)), *(4, 2), w=3
+    ),
+    "x.index_select": net(lambda s, x: x.index_select(2, s.w.argsort()), 2, 3, w=3),
     "x.where": net(lambda s, x: x.where(s.w < 0, s.w), 3, w=3),
     "torch.cumsum": net(lambda s, x: torch.cumsum(x, 1), 5),
     "x.cumsum": net(lambda s, x: x.cumsum(dim=-2), 3, 2),

@@ -35,7 +35,7 @@ def block(skip=None, activation=nn.ReLU, gamma=1.0):
     return lc.normalized_block(nn.Linear(4, 6), nn.Linear(6, 4), skip, activation, gamma)
 
 
-def settled(module, x, calls=40):
+def settled(module, x, calls=25):
     """The module after so many calls that its estimate has no error left."""
     mode = module.training
     module.train()
@@ -52,7 +52,7 @@ def settled(module, x, calls=40):
 def test_gamma_is_a_lipschitz_constant(name, gamma):
     shape = NETS[name].shape
     net = lc.LipLTNormalized(NETS[name].build(), gamma).eval()
-    quotients = best_quotients(net, shape, pairs=40, steps=5)
+    quotients = best_quotients(net, shape, pairs=40, steps=4)
     assert quotients.norm(dim=1).max() <= UP * gamma
     steepest = torch.linalg.matrix_norm(jacobians(net, torch.randn(40, *shape)), 2).max()
     assert steepest <= UP * gamma
@@ -109,7 +109,7 @@ def test_the_estimate_approaches_the_true_factor_from_above():
     net = mlp()
     scaled = lc.LipLTNormalized(net, 2, (4,)).train()
     x = torch.randn(5, 4)
-    factors = torch.stack([(scaled(x) / net(x)).mean() for _ in range(60)]).detach()
+    factors = torch.stack([(scaled(x) / net(x)).mean() for _ in range(40)]).detach()
     true = 2 / constant(net, (4,))
     assert factors[0] > 1.001 * true
     assert (factors.diff() <= 1e-9).all()
@@ -268,13 +268,13 @@ def test_the_precision_can_change(training, called):
     x = torch.randn(4, 4)
     if called:
         net(x)
-    for dtype in (torch.float32, torch.float64, torch.float32):
+    for dtype in (torch.float32, torch.float64):
         net.to(dtype)
         y = net(x.to(dtype))
         assert y.dtype == net.factor.dtype == dtype
         y.sum().backward()
         assert net.net[0].weight.grad.dtype == dtype
-        settled(net, x.to(dtype))
+        settled(net, x.to(dtype), calls=12)
         expected = net.net(x.to(dtype)) * 2 / constant(net.net, (4,)).to(dtype)
         torch.testing.assert_close(net(x.to(dtype)), expected, rtol=1e-4, atol=1e-5)
 
@@ -297,14 +297,15 @@ def test_networks_of_several_blocks():
     bound, product = lc.LipLT(graph), lc.Product(graph)
     assert bound.lipschitz().kind is lc.Kind.UPPER
     assert bound.lipschitz().value < 0.5 * 1.5 * head < product.lipschitz().value
-    seen = differences(best_quotients(net, (4,), pairs=100, steps=5))
+    seen = differences(best_quotients(net, (4,), pairs=50, steps=4))
     assert (seen <= UP * bound().dense()[0] + 1e-12).all()
     certificate = lc.certify(net, x, bound=bound)
     assert (certificate.radius > 0).all()
-    steps = torch.randn(100, *x.shape)
+    steps = torch.randn(30, *x.shape)
     steps = steps / steps.norm(dim=2, keepdim=True) * certificate.radius[:, None] * (1 - 1e-9)
-    for step in steps:
-        assert (net(x + step).argmax(1) == certificate.prediction).all()
+    with torch.no_grad():
+        for step in steps:
+            assert (net(x + step).argmax(1) == certificate.prediction).all()
     assert (certificate.radius >= lc.certify(net, x, bound=product).radius).all()
 
 

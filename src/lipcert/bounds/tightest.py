@@ -25,7 +25,10 @@ class Tightest(Bound):
                 "tightest() takes bounds: lc.tightest(lc.Product(graph), lc.LipLT(graph))."
             )
         super().__init__(members[0].graph)
-        if any(member.graph.model is not self.graph.model for member in members):
+        if any(
+            (m.graph.model, m.graph.signature) != (self.graph.model, self.graph.signature)
+            for m in members
+        ):
             raise LipcertError("tightest() takes bounds of one network; these are of several.")
         if len({member.p for member in members}) > 1:
             raise LipcertError("tightest() takes bounds for one norm of the input.")

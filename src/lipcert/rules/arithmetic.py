@@ -127,6 +127,11 @@ def _where_method(x, condition: Node | Live, y) -> Node:
     return _where(condition, x, y)
 
 
+@rule(torch.masked_fill, "masked_fill")
+def _masked_fill(x: Node, mask: Node | Live, value) -> Node:
+    return _where(mask, value, x)
+
+
 @rule(operator.neg, torch.neg, "neg")
 def _negative(x: Node) -> Node:
     return _times(x, -1.0)

@@ -85,6 +85,8 @@ _COPYING: tuple[tuple[tuple[Key, ...], Callable], ...] = (
     ((F.pixel_unshuffle,), F.pixel_unshuffle),
     ((F.unfold,), F.unfold),
     ((torch.channel_shuffle,), torch.channel_shuffle),
+    ((torch.tril, "tril"), torch.tril),
+    ((torch.triu, "triu"), torch.triu),
 )
 for _keys, _fn in _COPYING:
     _copy_rule(*_keys, fn=_fn)
@@ -93,6 +95,14 @@ for _keys, _fn in _COPYING:
 @rule(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold)
 def _copying_module(module: nn.Module, x: Node) -> Affine:
     return copying(module, x)
+
+
+@rule(torch.index_select, "index_select")
+def _index_select(x: Node, dim: int, index: Live) -> Affine | Node:
+    def selected() -> Affine:
+        return copying(lambda t: t.index_select(dim, index().cpu()), x)
+
+    return Node(Affine(lambda: selected().map()), (x,), selected().map().out_shape)
 
 
 @rule(F.fold)

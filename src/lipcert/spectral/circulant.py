@@ -27,8 +27,10 @@ def is_circulant(map: LinearMap) -> bool:
     A zero padding of the input to a circular grid may come before: it keeps lengths, so the norm
     on the grid is a bound.
     """
-    paddings = list(_paddings(map))
-    same = all(p.source.equal(paddings[0].source) for p in paddings)
+    first, *others = _starts(map)
+    same = all(
+        start is first or (start and first and start.source.equal(first.source)) for start in others
+    )
     return len(map.in_shape) > 1 and same and _circulant(map)
 
 
@@ -52,13 +54,18 @@ def _pads(map: Index) -> bool:
     return map.in_shape[0] == map.out_shape[0] and bool((map.copies() == 1).all())
 
 
-def _paddings(map: LinearMap) -> Iterator[Index]:
+def _starts(map: LinearMap) -> Iterator[Index | None]:
+    """For each term the embedding that it begins with, if it does."""
     match map:
-        case Index() if map.in_shape != map.out_shape:
+        case Index() if not (map.is_reshape and map.in_shape == map.out_shape):
             yield map
-        case Composition(factors=parts) | Add(terms=parts):
-            for part in parts:
-                yield from _paddings(part)
+        case Composition(factors=factors):
+            yield from _starts(factors[0])
+        case Add(terms=terms):
+            for term in terms:
+                yield from _starts(term)
+        case _:
+            yield None
 
 
 def frequencies(map: LinearMap) -> Iterator[Float[Tensor, "f axes"]]:

@@ -63,9 +63,13 @@ class Fourier(Strategy):
         where = torch.zeros(1, len(map.out_shape) - 1)
         with torch.no_grad():
             for frequencies in circulant.frequencies(map):
-                norms = _norms(circulant.symbol(map, frequencies).flatten(2))
-                top = int(norms.nan_to_num(nan=math.inf).argmax())
-                if not norms[top] <= best:
+                blocks = circulant.symbol(map, frequencies).flatten(2)
+                scale = nonzero(blocks.abs().max())
+                norms = _norms(blocks / scale) * scale
+                if norms.isnan().any():
+                    return Constant(norms.new_tensor(math.nan), self.kind)
+                top = int(norms.argmax())
+                if norms[top] > best:
                     best, where = norms[top], frequencies[top : top + 1]
         if not wants_gradient(map) or not best.isfinite():
             return Constant(best, self.kind)
