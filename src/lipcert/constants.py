@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lipcert.bounds import Product
+from lipcert.bounds import LipLT, Product, tightest
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Input
 from lipcert.kinds import Constant
@@ -24,8 +24,13 @@ def spectral_norm(module: nn.Module, input_shape: Shape, norm: Strategy | None =
         The norm with what it claims, differentiable in the layer's weights.
 
     Raises:
-        LipcertError: The module is not affine.
+        LipcertError: The module is not affine, or the strategy is for another norm than L2.
     """
+    if norm is not None and norm.p != 2:
+        raise LipcertError(
+            f"norm={norm!r} is an l_{norm.p:g} operator norm, no spectral norm. Call it on a linear "
+            "map, or use norm=lc.Auto()."
+        )
     graph = trace(module, input_shape)
     others = sorted({type(n.op).__name__ for n in graph if not isinstance(n.op, Affine | Input)})
     if others:
@@ -38,14 +43,18 @@ def spectral_norm(module: nn.Module, input_shape: Shape, norm: Strategy | None =
 
 
 def lipschitz(net: nn.Module, input_shape: Shape, norm: Strategy | None = None) -> Constant:
-    """An upper bound on the global L2 Lipschitz constant of a network (its output vector).
+    """The smaller of two upper bounds, product and LipLT, on a network's Lipschitz constant.
+
+    Global, in L2, of the whole output vector.
 
     Args:
         net: Any module made of ops with a known rule.
         input_shape: Shape of one input, without the batch.
-        norm: A strategy for the spectral norms; `Auto()`, true upper bounds, by default.
+        norm: A strategy for the norms of maps; `Auto()`, true upper bounds, by default. With
+            `RowSum()` or `ColumnSum()` the constant is for l-infinity or l1.
 
     Raises:
         LipcertError: The network holds ops without a rule; all are listed.
     """
-    return Product(trace(net, input_shape), norm).lipschitz()
+    graph = trace(net, input_shape)
+    return tightest(Product(graph, norm), LipLT(graph, norm)).lipschitz()

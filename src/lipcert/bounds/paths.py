@@ -133,16 +133,22 @@ class Paths:
         vectors: Vectors = {}
         for n in reversed(self._nodes):
             own = [(images[n][None], [0])] if n in self.ends else []
-            y = _placed(own + held.pop(n), len(self._after(n)), 0)
+            parts, size = own + held.pop(n), len(self._after(n))
             if is_source(n):
-                emit, x = steps[n].emit, y[:, -1]
+                emit, x = steps[n].emit, _placed([(y[:, -1], at) for y, at in parts], size, 0)
                 vectors[n] = x if emit is None else emit.adjoint(x)
             if isinstance(n.op, Input | Lipschitz):
                 continue
             for place, i in enumerate(n.inputs):
-                x = _take(y, _places(self.sources[n], self.sources[i]), 1)
-                x = pulled(n, steps[n], x.flatten(0, 1), place).unflatten(0, x.shape[:2])
-                held[i].append((x, _places(self._after(i), self._after(n))))
+                passing = _places(self.sources[n], self.sources[i])
+                taken = [(_take(y, passing, 1), at) for y, at in parts]
+                onward = _places(self._after(i), self._after(n))
+                if isinstance(n.op, Slope) and steps[n].through is None:
+                    held[i] += [(y, [onward[p] for p in at]) for y, at in taken]
+                    continue
+                y = _placed(taken, size, 0)
+                y = pulled(n, steps[n], y.flatten(0, 1), place).unflatten(0, y.shape[:2])
+                held[i].append((y, onward))
         return vectors
 
     def maps(self, steps: Mapping[Node, Step]) -> dict[Node, dict[Node, LinearMap]]:
