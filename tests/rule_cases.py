@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lipcert.layers import Householder, MaxMin, Normalize, RecordingBatchNorm2d
+from lipcert.normalized import LipLTNormalized
 from nets import Net
 
 
@@ -104,6 +105,7 @@ MORE_ELEMENTWISE = {
 AFFINE = {
     "Linear": layer(lambda: nn.Linear(5, 4), 5),
     "Linear on the last axis": layer(lambda: nn.Linear(5, 4, bias=False), 3, 2, 5),
+    "LipLTNormalized": layer(lambda: LipLTNormalized(nn.Linear(5, 4), 2.0), 5),
     "F.linear": net(lambda s, x: F.linear(x, s.w, s.b), 3, 5, w=(4, 5), b=4),
     "F.linear without bias": net(lambda s, x: F.linear(x, weight=s.w), 5, w=(4, 5)),
     "x @ W": net(lambda s, x: x @ s.w, 3, 5, w=(5, 4)),

@@ -283,7 +283,7 @@ def test_the_power_bound_says_how_likely_it_fails():
 
 def test_failures_are_summed_in_a_chain():
     net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
-    constant = lc.lipschitz(net, (5,), lc.PowerBound(30, 4))
+    constant = lc.Product(lc.trace(net, (5,)), lc.PowerBound(30, 4)).lipschitz()
     assert constant.kind == lc.Kind.PROBABILISTIC
     assert constant.failure == pytest.approx(2 * (2 / math.pi) ** 15)
 

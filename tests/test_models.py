@@ -60,7 +60,7 @@ def test_normalize_is_part_of_the_saved_model():
     layer = Normalize([0.0], [1.0])
     layer.load_state_dict(Normalize([0.5], [0.25]).state_dict())
     assert layer(torch.ones(1, 1, 2, 2)).unique().item() == 2.0
-    assert str(layer) == "Normalize(mean=[0.5], std=[0.25])"
+    assert str(layer) == "Normalize(1)"
     assert not list(layer.parameters())
 
 

@@ -80,21 +80,20 @@ def test_the_svhn_schedules_in_epochs(name, end):
         assert found == pytest.approx(rate)
 
 
-CRM = {  # epochs, batch, r0, t, lambda, power iterations, first epoch of decay, first and last rate
-    "crm-mnist-c4f3_bcp": (400, 512, 2.2, 5, 30, 10, 25, 1e-3, 1e-6),
-    "crm-cifar10-c6f2_crm": (400, 512, 0.2, 5, 15, 5, 200, 1e-3, 1e-6),
-    "crm-cifar10-c6f2_bcp": (400, 512, 0.2, 5, 15, 5, 200, 1e-3, 1e-6),
-    "crm-tiny-c8f2_crm": (300, 256, 0.2, 12, 150, 5, 100, 1e-4, 1e-7),
+CRM = {  # epochs, batch, r0, t, lambda, first epoch of decay, first and last rate
+    "crm-mnist-c4f3_bcp": (400, 512, 2.2, 5, 30, 25, 1e-3, 1e-6),
+    "crm-cifar10-c6f2_crm": (400, 512, 0.2, 5, 15, 200, 1e-3, 1e-6),
+    "crm-cifar10-c6f2_bcp": (400, 512, 0.2, 5, 15, 200, 1e-3, 1e-6),
+    "crm-tiny-c8f2_crm": (300, 256, 0.2, 12, 150, 100, 1e-4, 1e-7),
 }
 
 
 @pytest.mark.parametrize("name", CRM)
 def test_the_settings_of_crm_in_epochs(name):
     recipe = recipes.get(name)
-    epochs, batch, r0, t, weight, iterations, decay, first, last = CRM[name]
+    epochs, batch, r0, t, weight, decay, first, last = CRM[name]
     assert (recipe.epochs, recipe.batch_size) == (epochs, batch)
     assert recipe.loss_options == {"t": t, "weight": weight}
-    assert recipe.bound.keywords == {"steps": iterations}
     group = recipe.optimiser([torch.nn.Parameter(torch.zeros(1))], first).param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-7, 0)
     steps = 70  # an epoch

@@ -89,8 +89,9 @@ def keys_used(monkeypatch, name, rows):
 
 
 def test_every_rule_has_a_row_here(monkeypatch):
-    rules = dict(registry._RULES)
-    missing = set(rules) - keys_used(monkeypatch, "find", ROWS.values())
+    home = "lipcert."  # rules of other modules come from examples that another test ran
+    rules = {key for key, rule in registry._RULES.items() if rule.__module__.startswith(home)}
+    missing = rules - keys_used(monkeypatch, "find", ROWS.values())
     assert not missing, f"add rows to rule_cases.py for {[registry.describe(k) for k in missing]}"
 
 
