@@ -44,11 +44,11 @@ class LipLT(Bound):
     Args:
         graph: A traced network.
         norm: How spectral norms are computed. The default gives true upper bounds. For training
-            `PowerIteration(1)` keeps a vector for each map from call to call, as buffers of this
-            module, and moves all of them at once: a step is one sweep of the network forward and
-            one back.
+            `LOBPCG(1)` or `PowerIteration(1)` keep vectors for each map from call to call, as
+            buffers of this module, and move all of them at once: a step is one sweep of the network
+            forward and one back.
         joint: Bound the sum of the terms by one norm of all maps together, which is at most the
-            sum of their norms; costs a few more norms a layer. Not with `PowerIteration`.
+            sum of their norms; costs a few more norms a layer. Not with iterated vectors.
     """
 
     def __init__(self, graph: Graph, norm: Strategy | None = None, joint: bool = False):
