@@ -9,7 +9,7 @@ where it was stopped.
 
 import argparse
 import dataclasses
-import time
+import json
 from functools import partial
 from pathlib import Path
 
@@ -63,11 +63,11 @@ def main() -> None:
                 place = f"{net_name}-{bound_name}-{seed}".replace(" ", "_")
                 run = Run(options.out / place, recipe_of(net_name, bound_name, seed))
                 run.folder.mkdir(parents=True, exist_ok=True)
-                begin = time.perf_counter()
                 net = train(
                     run, training, on_epoch=lambda epoch, at=place: print(at, epoch, flush=True)
                 )
-                seconds = time.perf_counter() - begin
+                epochs = run.path("metrics.jsonl").read_text().splitlines()
+                seconds = sum(json.loads(epoch)["seconds"] for epoch in epochs)
                 graph = lc.trace(net, tuple(test.images.shape[1:]))
                 liplt, product = lc.LipLT(graph), lc.Product(graph)
                 tightest = lc.tightest(liplt, product)

@@ -1,7 +1,7 @@
 """Recipes of CRM, which all train with the LipLT bound.
 
 Its norms are estimated by `LOBPCG(2)` where the authors take 5 or 10 power iterations: along a
-training on CIFAR-10 its error was below that of their 20, for a fraction of the time
+training on CIFAR-10 its error was between those of their 10 and 20, for a fraction of the time
 (`benchmarks/liplt.py`).
 
 The authors' settings are those of their code: README and scripts. `eps` is the largest radius that
