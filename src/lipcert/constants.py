@@ -28,8 +28,8 @@ def spectral_norm(module: nn.Module, input_shape: Shape, norm: Strategy | None =
     """
     if norm is not None and norm.p != 2:
         raise LipcertError(
-            f"norm={norm!r} is an l_{norm.p:g} operator norm, no spectral norm. Call it on a linear "
-            "map, or use norm=lc.Auto()."
+            f"norm={norm!r} is an l_{norm.p:g} operator norm, no spectral norm. Call it on a "
+            "linear map, or use norm=lc.Auto()."
         )
     graph = trace(module, input_shape)
     others = sorted({type(n.op).__name__ for n in graph if not isinstance(n.op, Affine | Input)})
