@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from lipcert.errors import LipcertError
 from lipcert.losses import boosted_cross_entropy, crm, crm_max
+from test_api import jaxtyping_off
 
 # The provenance of these numbers is written in the file, under "provenance".
 GOLDEN = np.load(Path(__file__).parent / "golden" / "crm_losses.npz")
@@ -78,3 +80,12 @@ def test_the_continuous_softmin_form_is_a_hinge(case):
         if kept or rows == "all":
             total += max(0.0, eps - smooth)
     close(value - plain, weight * total / len(right))
+
+
+@pytest.mark.parametrize("loss", [crm, crm_max])
+def test_bad_arguments_are_named(loss):
+    z, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(LipcertError, match="weight of the radii"):
+        loss(z, y, torch.ones(4, 3), 0.5, weight=-1.0)
+    with jaxtyping_off(), pytest.raises(LipcertError, match=r"K_row has shape \(4, 1\)"):
+        loss(z, y, torch.ones(4, 1), 0.5)

@@ -241,3 +241,29 @@ def test_a_graph_stays_true_while_its_network_changes():
     net = Fn(lambda s, x: s.net(x))
     net.net = bound.graph.model
     torch.testing.assert_close(lc.LipLT(lc.trace(net, (6,)))().dense(), 1.5 * before)
+
+
+@pytest.mark.parametrize("bound", [lc.Product, lc.LipLT])
+def test_an_iterated_bound_follows_the_precision_of_its_network(bound):
+    net = NETS["mlp"].build()
+    estimate = bound(lc.trace(net, NETS["mlp"].shape), lc.LOBPCG(20))
+    before = float(estimate.lipschitz())
+    for dtype in (torch.float32, torch.float64):
+        net.to(dtype)
+        assert float(estimate.lipschitz()) == pytest.approx(before, rel=1e-3)
+
+
+@pytest.mark.parametrize("bound", [lc.Product, lc.LipLT])
+def test_a_bound_notices_that_a_layer_was_replaced(bound):
+    net = NETS["mlp"].build()
+    constants = bound(lc.trace(net, NETS["mlp"].shape))
+    net[0] = torch.nn.Linear(6, 10)
+    for evaluate in (constants, constants.lipschitz, constants.per_output):
+        with pytest.raises(lc.LipcertError, match="changed after it was traced, at: 0"):
+            evaluate()
+
+
+def test_bounds_and_constants_print_what_they_are():
+    bound = lc.LipLT(lc.trace(NETS["mlp"].build(), NETS["mlp"].shape), joint=True)
+    assert str(bound) == "LipLT(norm=Auto(), joint=True)"
+    assert str(bound.per_output()).startswith("Constant([0.")

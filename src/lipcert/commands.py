@@ -114,7 +114,7 @@ def bound(
     as_json: bool,
 ) -> None:
     """`lipcert bound`."""
-    chosen = [bound_name(name) for name in names]
+    chosen = [bound_name(name) for name in dict.fromkeys(names)]
     if ":" in target and not Path(target).exists():
         if input_shape is None:
             raise LipcertError(f"{target}: give --input-shape, e.g. --input-shape 3,32,32.")
@@ -158,6 +158,8 @@ def certify(
 ) -> None:
     """`lipcert certify`."""
     name = bound_name(bound)
+    if out is not None and out.suffix not in ("", ".parquet"):
+        raise LipcertError(f"--out {out}: certificates are written as parquet; name it *.parquet.")
     if out is not None and not out.parent.is_dir():
         raise LipcertError(f"--out {out}: there is no folder {out.parent}.")
     run, net, graph = open_trained(folder, device)

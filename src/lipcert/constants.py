@@ -54,7 +54,8 @@ def lipschitz(net: nn.Module, input_shape: Shape, norm: Strategy | None = None) 
             `RowSum()` or `ColumnSum()` the constant is for l-infinity or l1.
 
     Raises:
-        LipcertError: The network holds ops without a rule; all are listed.
+        LipcertError: The network holds ops without a rule, all listed; or NaN weights.
     """
     graph = trace(net, input_shape)
+    graph.check(net)  # NaN weights would come out as a constant
     return tightest(Product(graph, norm), LipLT(graph, norm)).lipschitz()

@@ -173,18 +173,23 @@ class Graph:
                 f"({type(self.model).__name__}, not this {type(model).__name__}). A bound and its "
                 "network belong together: graph = lc.trace(net, input_shape)."
             )
-        if signature(model) != self.signature:
-            old, new = dict(self.signature), dict(signature(model))
-            names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-            raise LipcertError(
-                f"The network changed after it was traced, at: {', '.join(names[:5])}. Trace it "
-                "again: graph = lc.trace(net, input_shape)."
-            )
+        self.check_modules()
         bad = [name for name, t in model.state_dict().items() if not _finite(t)]
         if bad:
             raise LipcertError(
                 f"The network holds NaN or infinite weights in: {', '.join(bad[:5])}. Nothing can "
                 "be certified; reload the weights or train again with a smaller step size."
+            )
+
+    def check_modules(self) -> None:
+        """Raises LipcertError if a layer was replaced or got other settings since the tracing."""
+        found = signature(self.model)
+        if found != self.signature:
+            old, new = dict(self.signature), dict(found)
+            names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+            raise LipcertError(
+                f"The network changed after it was traced, at: {', '.join(names[:5])}. Trace it "
+                "again: graph = lc.trace(net, input_shape)."
             )
 
 

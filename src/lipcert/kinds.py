@@ -44,4 +44,5 @@ class Constant:
 
     def __repr__(self) -> str:
         failure = f", failure={self.failure:.1e}" if self.failure else ""
-        return f"Constant({float(self):.6g}, {self.kind}{failure})"
+        value = f"{float(self):.6g}" if self.value.ndim == 0 else str(self.value.detach().tolist())
+        return f"Constant({value}, {self.kind}{failure})"

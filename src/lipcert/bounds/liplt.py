@@ -24,7 +24,7 @@ from lipcert.bounds.margin import (
     MarginConstants,
     check_strategy,
     device_of,
-    full_precision,
+    evaluating,
 )
 from lipcert.bounds.paths import Paths, rows_at_sources
 from lipcert.bounds.reach import radius, reached_by_norms
@@ -71,6 +71,10 @@ class LipLT(Bound):
                 states = [self.norm.start(s.shape, like) for _ in self._whole.ends_after[s]]
                 self.register_buffer(self._name(s), torch.stack(states))
 
+    def extra_repr(self) -> str:
+        """The arguments, for ``print(bound)``."""
+        return f"norm={self.norm}, joint={self.joint}"
+
     def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
         """The constants of all pairs; `x` is not looked at."""
         return margins(self.classes, self._ends(), self.p)
@@ -86,7 +90,7 @@ class LipLT(Bound):
     def prefix(self, upto: Node | str) -> Constant:
         """A Lipschitz constant of the function from the input to a node (or its name)."""
         target = self.graph.node(upto) if isinstance(upto, str) else upto
-        with full_precision(self.graph):
+        with evaluating(self.graph):
             if isinstance(self.norm, Iterative) and target in self._whole.ends:
                 return self._iterated(self._whole)[target]
             paths = _upto(self.graph, self._inner, target)
@@ -97,7 +101,7 @@ class LipLT(Bound):
 
         From the input to each input of an activation or opaque function, and to the output.
         """
-        with full_precision(self.graph):
+        with evaluating(self.graph):
             return self._reached(self._whole)
 
     def explained(self) -> tuple[dict[Node, Constant], MarginConstants]:
@@ -107,7 +111,7 @@ class LipLT(Bound):
 
     def _ends(self, reached: dict[Node, Constant] | None = None) -> list[End]:
         """For each source of the output: how far it can change, and the rows of its map."""
-        with full_precision(self.graph):
+        with evaluating(self.graph):
             reached = self._reached(self._inner) if reached is None else reached
             output, like = self.graph.output, self._like()
             rows = torch.eye(output.shape[0], dtype=like.dtype, device=like.device)
@@ -129,8 +133,8 @@ class LipLT(Bound):
     def _iterated(self, paths: Paths) -> dict[Node, Constant]:
         """The same by power iteration, all maps at once, from the vectors kept."""
         assert isinstance(self.norm, Iterative)
-        kept = {s: getattr(self, self._name(s)) for s in paths.starts()}
-        like = self._like()
+        like = self._like()  # the network may have moved or changed its precision since
+        kept = {s: getattr(self, self._name(s)).to(like) for s in paths.starts()}
         steps = paths.steps(like)
         # The output comes last in the graph, so its rows are the last ones kept.
         state = {s: rows[: len(paths.ends_after[s])] for s, rows in kept.items()}

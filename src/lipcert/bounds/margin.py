@@ -101,8 +101,15 @@ class Bound(nn.Module):
         return shape[0]
 
 
-def full_precision(graph: Graph) -> torch.autocast:
-    """Autocast off: a constant is never computed in half precision."""
+def evaluating(graph: Graph) -> torch.autocast:
+    """Around each evaluation: the network is the traced one, and autocast is off.
+
+    A constant is never computed in half precision.
+
+    Raises:
+        LipcertError: A layer was replaced since the tracing.
+    """
+    graph.check_modules()
     return torch.autocast(device_of(graph).type, enabled=False)
 
 

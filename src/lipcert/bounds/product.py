@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipcert.bounds.ends import End, margins, single_logits
-from lipcert.bounds.margin import Bound, MarginConstants, check_strategy, device_of, full_precision
+from lipcert.bounds.margin import Bound, MarginConstants, check_strategy, device_of, evaluating
 from lipcert.bounds.slopes import steepest
 from lipcert.graph import Affine, Concat, Graph, Input, Lipschitz, Node, Slope, Sum
 from lipcert.kinds import Constant, Kind, weakest
@@ -63,6 +63,10 @@ class Product(Bound):
                     start = self.norm.start(n.inputs[0].shape, like)
                     self.register_buffer(self._buffer_of[n], start)
 
+    def extra_repr(self) -> str:
+        """The argument, for ``print(bound)``."""
+        return f"norm={self.norm}"
+
     def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
         """The constants of all pairs; `x` is not looked at."""
         return margins(self.classes, self._ends(), self.p)
@@ -78,12 +82,12 @@ class Product(Bound):
     def prefix(self, upto: Node | str) -> Constant:
         """A Lipschitz constant of the function from the input to a node (or its name)."""
         target = self.graph.node(upto) if isinstance(upto, str) else upto
-        with full_precision(self.graph):
+        with evaluating(self.graph):
             return self._sweep([target])[target].prefix
 
     def layers(self) -> list[Layer]:
         """Every node with its own constant and the bound up to it."""
-        with full_precision(self.graph):
+        with evaluating(self.graph):
             return list(self._sweep([self.graph.output]).values())
 
     def explained(self) -> tuple[list[Layer], MarginConstants]:
@@ -94,7 +98,7 @@ class Product(Bound):
 
     def _ends(self, reached: dict[Node, Layer] | None = None) -> list[End]:
         """For each term of the output: the bound of what feeds it, and the rows of its map."""
-        with full_precision(self.graph):
+        with evaluating(self.graph):
             tail = _tail(self.graph.output)
             swept = reached or self._sweep([source for _, source in tail])
             return [
@@ -137,7 +141,9 @@ class Product(Bound):
         if not isinstance(self.norm, Iterative):
             return self.norm(map)
         name = self._buffer_of[n]
-        constant, better = self.norm.refine(simplify(map), getattr(self, name))
+        map = simplify(map)
+        vectors = getattr(self, name).to(map.like)  # of the precision that the network has now
+        constant, better = self.norm.refine(map, vectors)
         setattr(self, name, better)  # a fresh tensor: the old one may be in someone's graph
         return constant
 

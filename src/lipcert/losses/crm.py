@@ -56,11 +56,12 @@ def crm(
         classification: `torch.nn.functional.cross_entropy` or `boosted_cross_entropy`.
 
     Raises:
-        LipcertError: eps is negative or NaN, or t is not positive.
+        LipcertError: eps or weight is negative or NaN, t is not positive, or K_row has another
+            shape than the logits.
 
     Reference: arXiv 2310.00116; the form follows the authors' code.
     """
-    _check_sharpness(t)
+    _check_options(t, weight)
 
     def penalty(radii: Float[Tensor, "b c"]) -> Float[Tensor, "b"]:
         return torch.logsumexp(-t * radii, dim=1) / t
@@ -101,11 +102,12 @@ def crm_max(
         classification: `torch.nn.functional.cross_entropy` or `boosted_cross_entropy`.
 
     Raises:
-        LipcertError: eps is negative or NaN, or t is not positive.
+        LipcertError: eps or weight is negative or NaN, t is not positive, or K_row has another
+            shape than the logits.
 
     Reference: arXiv 2310.00116; this form is in the authors' code.
     """
-    _check_sharpness(t)
+    _check_options(t, weight)
 
     def penalty(radii: Float[Tensor, "b c"]) -> Float[Tensor, "b"]:
         return torch.exp(-t * radii.amin(dim=1)) / t
@@ -134,9 +136,11 @@ def boosted_cross_entropy(
     return F.cross_entropy(z, labels) + complement.mean()
 
 
-def _check_sharpness(t: float) -> None:
+def _check_options(t: float, weight: float) -> None:
     if not t > 0:
         raise LipcertError(f"the sharpness t of the radii must be > 0, got {t}")
+    if not weight >= 0:
+        raise LipcertError(f"the weight of the radii must be >= 0, got {weight}")
 
 
 def _kept(
@@ -158,6 +162,11 @@ def _radii(
     Out of reach is what a division by K^2 in the gradient would overflow for.
     """
     check_radius(eps)
+    if K_row.shape != logits.shape:
+        raise LipcertError(
+            f"K_row has shape {tuple(K_row.shape)} and the logits {tuple(logits.shape)}; give a "
+            "row for each sample: bound().row(loss.protects(logits, labels))"
+        )
     z = widened(logits)
     constants = K_row.to(z.dtype)
     classes = prediction(z, labels).unsqueeze(1)
