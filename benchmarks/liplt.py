@@ -121,7 +121,7 @@ def along_training(source: str, steps: int) -> dict:
     graph = lc.trace(net, SHAPE)
     ours = {name: lc.LipLT(graph, norm) for name, norm in OURS.items()}
     theirs = {n: AuthorsLipLT(net, SHAPE) for n in ITERATIONS}
-    exact = lc.LipLT(graph, lc.LOBPCG(30))
+    converged = lc.LipLT(graph, lc.LOBPCG(30))
     optimiser = torch.optim.Adam(net.parameters(), 1e-3, eps=1e-7)
     off = ~torch.eye(10, dtype=torch.bool)
     errors: dict[str, list[float]] = {}
@@ -130,7 +130,7 @@ def along_training(source: str, steps: int) -> dict:
             values = {f"authors {n}": bound(n) for n, bound in theirs.items()}
             values |= {name: bound().dense()[0] for name, bound in ours.items()}
             if step % 20 == 19:
-                truth = exact().dense()[0]
+                truth = converged().dense()[0]
                 for name, value in values.items():
                     error = ((truth - value) / truth)[off].mean()
                     errors.setdefault(name, []).append(float(error))

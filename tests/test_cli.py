@@ -296,6 +296,7 @@ def test_a_bad_radius_is_refused(eps, capsys, run_folder):
 def test_what_does_not_go_with_a_run_is_refused(capsys, run_folder, tmp_path):
     assert "is a run" in refused(capsys, "bound", run_folder, "--weights", "w.safetensors")
     assert "no folder" in refused(capsys, "certify", run_folder, "--out", tmp_path / "no" / "x")
+    assert "*.parquet" in refused(capsys, "certify", run_folder, "--out", tmp_path / "a.csv")
 
 
 def test_an_unknown_bound_is_refused(capsys, run_folder):

@@ -429,6 +429,9 @@ def test_the_constant_of_a_network():
     both = float(lc.Product(graph).lipschitz()), float(lc.LipLT(graph).lipschitz())
     assert float(lc.lipschitz(net, (6,))) == min(both)
     assert lc.lipschitz(net, (6,), lc.PowerIteration(5)).kind is lc.Kind.ESTIMATE
+    net[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(lc.LipcertError, match="NaN or infinite weights in: 0.weight"):
+        lc.lipschitz(net, (6,))
 
 
 # ---------------------------------------------------------------- reference numbers

@@ -53,11 +53,11 @@ class LipLTNormalized(nn.Module):
         like = next(net.parameters(), torch.zeros(()))
         self.register_buffer("factor", torch.zeros_like(like.detach().flatten()[:1]).squeeze(0))
         if input_shape is not None:
-            self.bound_of(tuple(input_shape))
+            self.estimate_of(tuple(input_shape))
 
     def forward(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """The scaled output."""
-        estimate = self.bound_of(tuple(x.shape[1:]))
+        estimate = self.estimate_of(tuple(x.shape[1:]))
         if self.training:
             return self.net(x) * self._factor(estimate.lipschitz().value)
         return self.net(x) * self.scale()
@@ -66,7 +66,7 @@ class LipLTNormalized(nn.Module):
         """The constant, for ``print(model)``."""
         return f"gamma={self.gamma:g}"
 
-    def bound_of(self, input_shape: Shape) -> LipLT:
+    def estimate_of(self, input_shape: Shape) -> LipLT:
         """The estimate of L; the network is traced when it is needed first."""
         if self.estimate is None:
             self.estimate = LipLT(trace(self.net, input_shape), norm=LOBPCG(1))
@@ -121,7 +121,7 @@ class LipLTNormalized(nn.Module):
         super().__setstate__(state | {"_weights_of_factor": None})
         if kept is not None:
             input_shape, vectors = kept
-            self.bound_of(input_shape).load_state_dict(vectors)
+            self.estimate_of(input_shape).load_state_dict(vectors)
 
 
 def _equal(tensors: list[Tensor], others: list[Tensor] | None) -> bool:
@@ -137,7 +137,7 @@ def _equal(tensors: list[Tensor], others: list[Tensor] | None) -> bool:
 @rule(LipLTNormalized)
 def _normalized(module: LipLTNormalized, x: Node) -> Node:
     """The network's own nodes and a scaling, so that an outer bound can be tighter than gamma."""
-    nodes = module.bound_of(x.shape).graph.nodes
+    nodes = module.estimate_of(x.shape).graph.nodes
     copies = {nodes[0]: x}
     for n in nodes[1:]:
         copies[n] = Node(n.op, tuple(copies[i] for i in n.inputs), n.shape, n.name)

@@ -37,9 +37,9 @@ from lipcert.spectral import Auto, Iterative, Strategy
 class LipLT(Bound):
     """The global LipLT bound.
 
-    Never above the product bound where all neurons of a layer have the same range of slopes and
-    nothing is concatenated; otherwise either can be the tighter one (`tightest` takes the best of
-    each pair of classes).
+    With exact norms never above the product bound where all neurons of a layer have the same range
+    of slopes and nothing is concatenated; otherwise either can be the tighter one (`tightest` takes
+    the best of each pair of classes).
 
     Args:
         graph: A traced network.
