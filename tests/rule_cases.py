@@ -4,7 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lipcert.layers import Householder, MaxMin, Normalize, RecordingBatchNorm2d
+from lipcert.layers import (
+    ClippedMaxMin,
+    ClippedReLU,
+    Householder,
+    MaxMin,
+    Normalize,
+    RecordingBatchNorm2d,
+)
 from lipcert.normalized import LipLTNormalized
 from nets import Net
 
@@ -364,6 +371,8 @@ def _augmented(y, w):
 # Functions with a Lipschitz constant, and the constant.
 LIPSCHITZ = {
     "MaxMin": (layer(MaxMin, 4, 2), 1),
+    "ClippedReLU": (layer(lambda: nn.Sequential(MaxMin(), ClippedReLU(0.7)), 4, 2), 1),
+    "ClippedMaxMin": (layer(lambda: ClippedMaxMin(0.8, -0.6), 4, 2), 1),
     "torch.maximum": (net(lambda s, x: torch.maximum(x.sin(), -x.cos()), 3), 2**0.5),
     "x.maximum": (net(lambda s, x: x.tanh().maximum(x.erf()), 3), (1 + 4 / torch.pi) ** 0.5),
     "torch.minimum": (net(lambda s, x: torch.minimum(*x.chunk(2, 1)), 4), 1),

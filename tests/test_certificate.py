@@ -11,7 +11,7 @@ from torch import nn
 
 import lipcert as lc
 from lipcert.bounds import Bound, MarginConstants
-from lipcert.certificate import Certificate, curve, from_logits, per_class
+from lipcert.certificate import Certificate, Claim, curve, from_logits, per_class
 from lipcert.layers import MaxMin, Normalize
 from nets import NETS
 
@@ -28,6 +28,9 @@ def assert_same(certificate, other, **tolerance):
     for name, value in vars(other).items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(getattr(certificate, name), value, **tolerance)
+        elif name == "claims":
+            for claim, expected in zip(certificate.claims, value, strict=True):
+                assert_same(claim, expected, **tolerance)
         else:
             assert getattr(certificate, name) == value
 
@@ -54,10 +57,10 @@ def test_two_classes_by_hand():
     assert certificate.prediction.tolist() == [0, 1, 0, 0, 0]
     assert certificate.radius.tolist() == pytest.approx([1, 1, 0, 0, 0.5])
     assert certificate.margins[0].tolist() == pytest.approx([INF, 5])
-    assert certificate.constants[1].tolist() == pytest.approx([5, 0])
+    assert certificate.claims[0].constants[1].tolist() == pytest.approx([5, 0])
     assert certificate.kind is lc.Kind.UPPER
     assert certificate.failure == 0
-    assert certificate.valid_radius.tolist() == [INF] * 5
+    assert certificate.claims[0].valid_radius.tolist() == [INF] * 5
     assert len(certificate) == 5
     assert certificate.robust_at(0.4).tolist() == [True, True, False, False, True]
     assert certificate.robust_at(0.6).tolist() == [True, True, False, False, False]
@@ -69,7 +72,7 @@ def test_the_nearest_class_counts_not_the_second_best():
     certificate = from_logits(logits, constants(K))
     assert float(certificate.radius) == pytest.approx(0.5)
     assert certificate.margins.tolist() == [[INF, pytest.approx(1), pytest.approx(4)]]
-    assert certificate.constants.tolist() == [[0, 0.5, 8]]
+    assert certificate.claims[0].constants.tolist() == [[0, 0.5, 8]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -166,8 +169,9 @@ def test_robust_at_asks_for_more_than_the_rounded_up_fall():
             kind=lc.Kind.UPPER,
             failure=0.0,
             margins=torch.tensor([[INF, margin]]),
-            constants=torch.tensor([[0.0, 0.3]]),
-            valid_radius=torch.tensor([INF]),
+            claims=(
+                Claim(torch.tensor([[0.0, 0.3]]), torch.full((1, 2), INF), torch.tensor([INF])),
+            ),
         )
         assert certificate.robust_at(0.1).tolist() == [robust]
 
@@ -372,8 +376,8 @@ def test_local_bounds_get_their_batch(mlp):
     net, bound = mlp
     x = torch.rand(10, 6) + 0.1
     certificate = lc.certify(net, x, bound=Around(bound.graph), batch_size=4)
-    torch.testing.assert_close(certificate.constants.amax(1), x[:, 0])
-    torch.testing.assert_close(certificate.valid_radius, x[:, 1])
+    torch.testing.assert_close(certificate.claims[0].constants.amax(1), x[:, 0])
+    torch.testing.assert_close(certificate.claims[0].valid_radius, x[:, 1])
     assert certificate.failure == pytest.approx(0.03)  # three calls
     x[:, 1] = INF
     assert lc.certify(net, x, bound=Around(bound.graph), batch_size=4).failure > 0.025

@@ -5,12 +5,14 @@ import pytest
 import torch
 
 import lipcert as lc
-from lipcert import recipes
+from lipcert import losses, recipes
 from lipcert.data import Split, load
 from lipcert.errors import LipcertError
+from lipcert.layers import ClippedMaxMin, ClippedReLU
 from lipcert.radii import parse_radius
 from lipcert.recipe import SETTABLE, override, settings
 from lipcert.recipes.crm import crm_cifar10_depth
+from lipcert.recipes.local_lip import cropped
 
 SHAPES = {  # some smaller than the pictures, for speed
     "digits": (1, 8, 8),
@@ -21,10 +23,14 @@ SHAPES = {  # some smaller than the pictures, for speed
 }
 
 
+SMALLER = {"ylecun/mnist": (1, 12, 12), "uoft-cs/cifar10": (3, 12, 12)}  # for local bounds
+
+
 @pytest.mark.parametrize("name", recipes.names())
 def test_a_recipe_takes_a_step_that_lowers_its_loss(name):
     recipe = recipes.get(name)
-    shape = SHAPES[recipe.data]
+    local = recipe.loss in (losses.bcp, losses.local_lip)
+    shape = (SHAPES | SMALLER if local else SHAPES)[recipe.data]
     net = recipe.model(in_shape=shape, classes=10).eval()  # no dropout between the comparisons
     bound = recipe.bound(lc.trace(net, shape))
     optimiser = recipe.optimiser(net.parameters(), 1e-4)
@@ -34,9 +40,13 @@ def test_a_recipe_takes_a_step_that_lowers_its_loss(name):
 
     def loss():
         logits = net(x)
-        row = bound(x).row(recipe.loss.protects(logits, y))
+        constants = bound(x, 0.01) if bound.local else bound(x)
+        row = constants.within(recipe.loss.protects(logits, y), 0.01)
         return recipe.loss(logits, y, row, 0.01, **recipe.loss_options)
 
+    with torch.no_grad():  # iterated norms rise until they have converged, and the loss with them
+        for _ in range(8 if bound.local else 0):
+            bound(x[:1], 0.01)
     values = []
     for _ in range(2):
         optimiser.zero_grad()
@@ -123,6 +133,94 @@ def test_pictures_of_crm_keep_their_shape_and_range():
         pictures = recipes.get(name).augment(torch.ones(64, 3, 32, 32))
         assert pictures.shape == (64, 3, 32, 32)
         assert set(pictures.unique().tolist()) == {1.0, outside}
+
+
+LOCAL_LIP = {  # epochs, warm-up, ramp, batch, eps, iterations, first and last rate, thresholds
+    "local-lip-mnist-c4f3_bcp": (300, 0, 150, 256, 1.75, 5, 1e-3, 5e-6, 48_064),
+    "local-lip-cifar10-c4f3_bcp": (800, 20, 400, 256, 0.1551, 2, 1e-3, 1e-6, 62_464),
+    "local-lip-cifar10-c6f2_bcp": (800, 20, 400, 256, 0.1551, 2, 1e-3, 1e-6, 111_104),
+    "local-lip-cifar10-c6f2_bcp-maxmin": (800, 20, 400, 256, 0.1551, 2, 1e-3, 1e-6, 111_104),
+}
+
+
+@pytest.mark.parametrize("name", LOCAL_LIP)
+def test_the_settings_of_local_lip_in_epochs(name):
+    recipe = recipes.get(name)
+    epochs, warmup, ramp, batch, eps, iterations, first, last, thresholds = LOCAL_LIP[name]
+    assert (recipe.epochs, recipe.batch_size, recipe.eps) == (epochs, batch, eps)
+    net = recipe.model(in_shape=SHAPES[recipe.data], classes=10)
+    others = [p for key, p in net.named_parameters() if key.split(".")[1] not in ("weight", "bias")]
+    assert sum(p.numel() for p in others) == thresholds
+    convolutions = [m for m in net if isinstance(m, torch.nn.Conv2d)]
+    assert not any(m.bias.any() for m in convolutions)
+    wide = convolutions[-1].weight  # 4 x 4, 64 outputs
+    assert wide.std().item() == pytest.approx((2 / (16 * 64)) ** 0.5, rel=0.02)
+    assert recipe.bound(lc.trace(net, SHAPES[recipe.data])).norm == lc.PowerIteration(iterations)
+    schedules = [recipe.eps_schedule]
+    if recipe.loss is losses.bcp:
+        schedules.append(lambda t: 1 - recipe.loss_schedules["kappa"](t))
+    else:
+        assert not recipe.loss_schedules
+    for schedule in schedules:
+        assert schedule(0.999 * warmup / epochs) == 0
+        assert schedule((warmup + ramp / 2) / epochs) == pytest.approx(0.5, abs=0.01)
+        assert schedule((warmup + ramp - 2) / epochs) < 1
+        assert schedule((warmup + ramp) / epochs) == 1
+        assert schedule(1.0) == 1
+    flat = (epochs // 2 + 25) / epochs
+    rates = {0.0: first, flat: first, 1.0: last}
+    for progress, rate in rates.items():
+        found = recipe.learning_rate * recipe.learning_rate_schedule(progress)
+        assert found == pytest.approx(rate)
+    assert recipe.learning_rate_schedule(flat + 0.01) < 1
+    with torch.no_grad():
+        others[0].fill_(-1)
+    recipe.after_step(net)
+    assert (others[0] == (-1 if "maxmin" in name else 0)).all()
+
+
+def test_thresholds_of_local_lip_at_the_start():
+    def found(name):
+        net = recipes.get(name).model(in_shape=SHAPES[recipes.get(name).data], classes=10)
+        layers = [m for m in net if isinstance(m, ClippedReLU | ClippedMaxMin)]
+        return [tuple(p.detach().unique().item() for p in m.parameters()) for m in layers]
+
+    assert set(found("local-lip-mnist-c4f3_bcp")) == {(1.0,)}
+    assert set(found("local-lip-cifar10-c4f3_bcp")) == {(1.0,)}
+    assert set(found("local-lip-cifar10-c6f2_bcp")) == {(2.0,)}
+    six = found("local-lip-cifar10-c6f2_bcp-maxmin")
+    assert six[:2] == [(0.1, -0.1), (0.1, -0.15)]
+    assert six[-1] == (1.2, -1.2)
+    eight = found("local-lip-tiny-c8f2_bcp-maxmin")
+    assert [t for t, _ in eight] == [0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6]
+
+
+def test_the_bounds_of_bcp_and_local_lip_in_their_recipes():
+    """Which maps are counted for each sample: all, some, none."""
+    cases = {
+        "local-lip-mnist-c4f3_bcp": None,
+        "local-lip-tiny-c8f2_bcp": ("0", "6", "12", "14", "16+17"),
+        "bcp-mnist": (),
+        "bcp-cifar10": (),
+    }
+    for name, masked in cases.items():
+        bound = recipes.get(name).bound
+        assert bound.keywords["masked"] == masked
+        assert bound.keywords["region"].eps == recipes.get(name).eps
+
+
+def test_pictures_of_local_lip_are_crops_after_padding_by_four():
+    x = torch.arange(1.0, 32 * 32 + 1).reshape(1, 1, 32, 32).expand(4000, 1, 32, 32)
+    crops = cropped(x)
+    padded = torch.nn.functional.pad(x[:1], (4, 4, 4, 4))[0, 0]
+    windows = padded.unfold(0, 32, 1).unfold(1, 32, 1)  # the 81 crops
+    either = torch.cat([windows.reshape(81, -1), windows.flip(3).reshape(81, -1)])
+    marks = torch.randn(32 * 32)
+    same = torch.isclose((crops.flatten(1) @ marks)[:, None], either @ marks, rtol=0, atol=1e-6)
+    assert (same.sum(1) == 1).all()
+    counts = same.sum(0)
+    assert counts.min() > 5  # 25 on average
+    assert counts.max() < 60
 
 
 @pytest.mark.parametrize(("convolutions", "dense"), [(6, 2), (9, 3), (11, 4)])

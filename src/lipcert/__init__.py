@@ -19,6 +19,7 @@ _HOME = {
     "Fourier": "lipcert.spectral",
     "Gram": "lipcert.spectral",
     "Kind": "lipcert.kinds",
+    "L2Ball": "lipcert.region",
     "LOBPCG": "lipcert.spectral",
     "Lanczos": "lipcert.spectral",
     "LipLT": "lipcert.bounds",
@@ -29,6 +30,7 @@ _HOME = {
     "PowerIteration": "lipcert.spectral",
     "Product": "lipcert.bounds",
     "RowSum": "lipcert.spectral",
+    "SampleVectors": "lipcert.bounds",
     "average_certified_radius": "lipcert.certificate",
     "certified_accuracy": "lipcert.certificate",
     "certify": "lipcert.certificate",
@@ -48,7 +50,7 @@ __all__ = sorted([*_HOME, *_MODULES, "__version__"])
 if TYPE_CHECKING:
     from lipcert import data, graph, layers, losses, models, recipes, schedules
     from lipcert.adversary import pgd
-    from lipcert.bounds import LipLT, MarginConstants, Product, tightest
+    from lipcert.bounds import LipLT, MarginConstants, Product, SampleVectors, tightest
     from lipcert.certificate import (
         Certificate,
         average_certified_radius,
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from lipcert.errors import LipcertError
     from lipcert.kinds import Constant, Kind
     from lipcert.normalized import LipLTNormalized, normalized_block
+    from lipcert.region import L2Ball
     from lipcert.rules import rule
     from lipcert.spectral import (
         LOBPCG,

@@ -1,9 +1,10 @@
 """Certificates: the prediction of each sample with a radius inside which it cannot change."""
 
 import contextlib
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,41 @@ from torch import Tensor, nn
 from lipcert.bounds import Bound, MarginConstants
 from lipcert.errors import LipcertError
 from lipcert.kinds import Kind, weakest
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """By how much margins can fall, as one bound proves it: min(constants r, drops) at distance r.
+
+    Attributes:
+        constants: K_prediction,j, `(n, classes)`, float64.
+        drops: The largest falls within `valid_radius`, `(n, classes)`; infinite where only the
+            constants are known.
+        valid_radius: Up to which distance the claim holds, `(n,)`.
+    """
+
+    constants: Float[Tensor, "n classes"]
+    drops: Float[Tensor, "n classes"]
+    valid_radius: Float[Tensor, " n"]
+
+    def kept_at(
+        self, margins: Float[Tensor, "n classes"], eps: float | Float[Tensor, " n"]
+    ) -> Bool[Tensor, "n classes"]:
+        """Which margins provably stay positive: margin > min(K eps, drop), rounded up."""
+        eps = torch.as_tensor(eps, dtype=torch.float64).expand(len(margins))[:, None]
+        fall = torch.minimum(torch.nextafter(self.constants * eps, _UP), self.drops)
+        return (margins > fall) & (eps <= self.valid_radius[:, None]) & self.constants.isfinite()
+
+    def radii(self, margins: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
+        """Up to which radius each margin provably stays positive, rounded down."""
+        ratio = torch.nextafter(margins / self.constants, -_UP).clamp(min=0)
+        ratio = ratio.where(self.constants > 0, math.inf)
+        ratio = ratio.where(~(margins > self.drops), math.inf)
+        ratio = ratio.where((margins > 0) & self.constants.isfinite(), 0)
+        return torch.minimum(ratio, self.valid_radius[:, None])
+
+
+_UP = torch.tensor(math.inf, dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +63,8 @@ class Certificate:
         failure: Probability that the claim is false (0 unless probabilistic).
         margins: f_prediction - f_j, `(n, classes)`, float64, rounded down; the entry of the
             prediction itself is infinite.
-        constants: K_prediction,j, `(n, classes)`, float64.
-        valid_radius: Up to which radius the constants hold, `(n,)`.
+        claims: By how much margins can fall, one entry a bound; a margin falls by no more than the
+            least of what those say whose balls reach that far.
         p: The norm of the radii: 2 unless the bound was built for another one.
     """
 
@@ -37,8 +73,7 @@ class Certificate:
     kind: Kind
     failure: float
     margins: Float[Tensor, "n classes"]
-    constants: Float[Tensor, "n classes"]
-    valid_radius: Float[Tensor, " n"]
+    claims: tuple[Claim, ...]
     p: float = 2.0
 
     def __len__(self) -> int:
@@ -53,9 +88,8 @@ class Certificate:
             LipcertError: eps is not a positive finite number.
         """
         eps = check_radius(eps)
-        fall = torch.nextafter(self.constants * eps, torch.tensor(math.inf, dtype=torch.float64))
-        kept = self.margins > fall
-        return kept.all(1) & (eps <= self.valid_radius) & self.constants.isfinite().all(1)
+        kept = torch.stack([claim.kept_at(self.margins, eps) for claim in self.claims])
+        return kept.any(0).all(1)
 
 
 def check_radius(eps: float) -> float:
@@ -77,6 +111,7 @@ def certify(
     bound: Bound,
     constants: MarginConstants | None = None,
     batch_size: int = 512,
+    bisections: int = 0,
     allow_estimate: bool = False,
     on_batch: Callable[[int], object] | None = None,
 ) -> Certificate:
@@ -93,6 +128,8 @@ def certify(
         constants: What a global bound gave for the weights as they are now, if it was evaluated
             before.
         batch_size: Samples at a time.
+        bisections: How often a local bound is evaluated again in balls of other radii, around each
+            sample its own, to find the largest one that it proves. Radii never shrink by it.
         allow_estimate: Accept a bound of kind estimate. What comes out is then no certificate,
             and its `kind` says so.
         on_batch: Called with the number of samples done after each batch (for progress bars).
@@ -116,13 +153,15 @@ def certify(
             if constants is not None:
                 _check_kind(constants.kind, allow_estimate)
             parts = []
-            for batch in x.split(batch_size):
-                here = bound(batch) if constants is None else constants
-                _check_kind(here.kind, allow_estimate)
-                logits = net(batch.to(_like(net, batch)))
-                parts.append(from_logits(logits, here))
-                if on_batch is not None:
-                    on_batch(sum(len(p) for p in parts))
+            with bound.held():
+                for batch in x.split(batch_size):
+                    here = bound(batch) if constants is None else constants
+                    _check_kind(here.kind, allow_estimate)
+                    logits = net(batch.to(_like(net, batch)))
+                    part = from_logits(logits, here)
+                    parts.append(_bisected(part, logits, bound, batch, bisections))
+                    if on_batch is not None:
+                        on_batch(sum(len(p) for p in parts))
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -132,25 +171,69 @@ def certify(
 def from_logits(logits: Float[Tensor, "n classes"], constants: MarginConstants) -> Certificate:
     """The certificate of samples whose logits and constants are known.
 
-    A sample's radius against class j is its margin divided by K, its radius the least of these,
-    and never above the radius for which the constants hold. Rounded down at every step.
+    A sample's radius against class j is the largest that any of the constants proves: its margin
+    divided by K, or the whole ball where the margin is above the drop, and never beyond the ball.
+    The sample's radius is the least of these. Rounded down at every step.
     """
     logits = logits.to("cpu", torch.float64)
     prediction = logits.argmax(1)
     own = logits.gather(1, prediction[:, None])
-    down = torch.tensor(-math.inf, dtype=torch.float64)
-    margins = torch.nextafter(own - logits, down)
+    margins = torch.nextafter(own - logits, -_UP)
     itself = torch.nn.functional.one_hot(prediction, logits.shape[1]).bool()
     margins = margins.masked_fill(itself, math.inf)
-    known = logits.isfinite().all(1, keepdim=True)
-    margins = margins.where(known, -math.inf)
-    rows = constants.row(prediction).to("cpu", torch.float64).masked_fill(itself, 0)
-    ratio = torch.nextafter(margins / rows, down).clamp(min=0).where(rows > 0, math.inf)
-    ratio = ratio.where((margins > 0) & rows.isfinite(), 0)
-    valid = torch.as_tensor(constants.valid_radius, dtype=torch.float64).expand(len(logits)).cpu()
-    radius = torch.minimum(ratio.amin(1), valid)
+    margins = margins.where(logits.isfinite().all(1, keepdim=True), -math.inf)
+    claims = tuple(_claim(member, prediction, itself) for member in constants.members())
+    radii = torch.stack([claim.radii(margins) for claim in claims])
     return Certificate(
-        prediction, radius, constants.kind, constants.failure, margins, rows, valid, constants.p
+        *(prediction, radii.amax(0).amin(1), constants.kind, constants.failure),
+        *(margins, claims, constants.p),
+    )
+
+
+def _claim(constants: MarginConstants, prediction: Tensor, itself: Tensor) -> Claim:
+    """The constants of the predicted classes, rounded up; 0 for a class against itself."""
+    rows = constants.row(prediction).to("cpu", torch.float64).masked_fill(itself, 0)
+    drops = torch.full_like(rows, math.inf)
+    if constants.drop is not None:
+        drops = constants.drop(prediction).to("cpu", torch.float64)
+        drops = torch.nextafter(drops, _UP).masked_fill(itself, 0)
+    valid = torch.as_tensor(constants.valid_radius, dtype=torch.float64).cpu()
+    return Claim(rows, drops, valid.expand(len(rows)))
+
+
+def _bisected(
+    certificate: Certificate, logits: Tensor, bound: Bound, x: Tensor, bisections: int
+) -> Certificate:
+    """The certificate after more passes, in larger balls until one fails, then in between."""
+    if not bound.local:
+        return certificate
+    failed = torch.full_like(certificate.radius, math.inf)
+    for _ in range(bisections):
+        proved = certificate.radius.where(certificate.radius.isfinite(), 0)
+        wider = torch.maximum(2 * proved, certificate.claims[-1].valid_radius)
+        eps = wider.where(failed.isinf(), (proved + failed) / 2)
+        trial = from_logits(logits, bound(x, eps=eps))
+        failed = failed.where(trial.radius >= eps, eps)
+        certificate = _better(certificate, trial)
+    return certificate
+
+
+def _better(a: Certificate, b: Certificate) -> Certificate:
+    """For each sample the certificate of the larger radius."""
+    second = b.radius > a.radius
+    claims = tuple(
+        Claim(
+            old.constants.where(~second[:, None], new.constants),
+            old.drops.where(~second[:, None], new.drops),
+            old.valid_radius.where(~second, new.valid_radius),
+        )
+        for old, new in zip(a.claims, b.claims, strict=True)
+    )
+    return dataclasses.replace(
+        a,
+        radius=torch.maximum(a.radius, b.radius),
+        failure=min(1.0, a.failure + b.failure),
+        claims=claims,
     )
 
 
@@ -209,16 +292,20 @@ def _ieee_float32(device: str) -> Iterator[None]:
 
 
 def _joined(parts: list[Certificate], local: bool) -> Certificate:
-    def cat(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
+    def cat(name: str, found: Sequence[object]) -> Tensor:
+        return torch.cat([getattr(part, name) for part in found])
 
     kind = weakest(part.kind for part in parts)
     # A global bound was computed once for all parts; local ones anew for each: a union bound.
     failures = [part.failure for part in parts]
     failure = min(1.0, sum(failures)) if local else failures[0]
+    claims = tuple(
+        Claim(*(cat(name, same) for name in ("constants", "drops", "valid_radius")))
+        for same in zip(*(part.claims for part in parts), strict=True)
+    )
     return Certificate(
-        *(cat("prediction"), cat("radius"), kind, failure),
-        *(cat("margins"), cat("constants"), cat("valid_radius"), parts[0].p),
+        *(cat("prediction", parts), cat("radius", parts), kind, failure),
+        *(cat("margins", parts), claims, parts[0].p),
     )
 
 

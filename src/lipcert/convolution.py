@@ -83,14 +83,16 @@ class Conv(LinearMap):
             y, self.weight, None, self.stride, padding, left_over, self.groups, self.dilation
         )
 
-    def split(self) -> tuple[LinearMap, LinearMap]:
-        if self.circular and any(
-            d * (k - 1) >= n
-            for d, k, n in zip(self.dilation, self.kernel, self.in_shape[1:], strict=True)
-        ):
-            return super().split()  # several taps meet in one cell, where they may cancel
-        parts = self.weight.clamp(min=0), (-self.weight).clamp(min=0)
-        return tuple(dataclasses.replace(self, weight=part) for part in parts)  # type: ignore[return-value]
+    @property
+    def taps_meet(self) -> bool:
+        """Whether several taps of a window read one cell, where they may cancel or add up."""
+        reach = zip(self.dilation, self.kernel, self.in_shape[1:], strict=True)
+        return self.circular and any(d * (k - 1) >= n for d, k, n in reach)
+
+    def magnitude(self) -> LinearMap:
+        if self.taps_meet:
+            return super().magnitude()
+        return dataclasses.replace(self, weight=self.weight.abs())
 
 
 def convolution(

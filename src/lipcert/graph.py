@@ -65,6 +65,8 @@ class Lipschitz:
         constant: Gives k with |f(s) - f(t)| <= k |s - t|, a number or a live scalar tensor.
         image: A box holding f of a box.
         kind: What the constant claims.
+        needs: From a 0/1 array over outputs, `(b, *shape)`, to one over inputs that is 1 wherever
+            an output marked 1 depends on the input; None if that is not known.
     """
 
     fn: Callable[[Tensor], Tensor]
@@ -72,6 +74,7 @@ class Lipschitz:
     constant: Callable[[], Tensor | float]
     image: Callable[[Tensor, Tensor], Box]
     kind: Kind = Kind.UPPER
+    needs: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,6 @@
 """The kinds of linear maps that layers lower to, besides convolutions."""
 
 import dataclasses
-import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lipcert.linear_map import Add, LinearMap, Shape
+from lipcert.linear_map import LinearMap, Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +24,8 @@ class Dense(LinearMap):
     def adjoint(self, y: Tensor) -> Tensor:
         return y @ self.weight
 
-    def split(self) -> tuple[LinearMap, LinearMap]:
-        parts = self.weight.clamp(min=0), (-self.weight).clamp(min=0)
-        return tuple(dataclasses.replace(self, weight=part) for part in parts)  # type: ignore[return-value]
+    def magnitude(self) -> LinearMap:
+        return dataclasses.replace(self, weight=self.weight.abs())
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +40,8 @@ class Scale(LinearMap):
     def adjoint(self, y: Tensor) -> Tensor:
         return self.apply(y)
 
-    def split(self) -> tuple[LinearMap, LinearMap]:
-        parts = self.diagonal.clamp(min=0), (-self.diagonal).clamp(min=0)
-        return tuple(dataclasses.replace(self, diagonal=part) for part in parts)  # type: ignore[return-value]
+    def magnitude(self) -> LinearMap:
+        return dataclasses.replace(self, diagonal=self.diagonal.abs())
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +74,8 @@ class Index(LinearMap):
         sums = y.new_zeros(len(y), self.in_size + 1).index_add(1, source, y.flatten(1))
         return sums[:, :-1].reshape(-1, *self.in_shape)
 
-    def split(self) -> tuple[LinearMap, LinearMap]:
-        return self, zero(self.in_shape, self.out_shape)
+    def magnitude(self) -> LinearMap:
+        return self
 
     def copies(self) -> Int[Tensor, " in"]:
         """How often each input is read."""
@@ -119,22 +116,7 @@ class Separable(LinearMap):
         turned = tuple(None if m is None else m.mT for m in self.matrices)
         return Separable(self.out_shape, self.in_shape, turned)
 
-    def split(self) -> tuple[LinearMap, LinearMap]:
-        # A product of entries is positive where an even number of its factors is negative.
-        signed = [
-            [(0, None)] if m is None else [(0, m.clamp(min=0)), (1, (-m).clamp(min=0))]
-            for m in self.matrices
-        ]
-        halves: tuple[list[LinearMap], list[LinearMap]] = ([], [])
-        for choice in itertools.product(*signed):
-            matrices = tuple(m for _, m in choice)
-            if all(m is None or bool((m != 0).any()) for m in matrices):
-                term = dataclasses.replace(self, matrices=matrices)
-                halves[sum(negative for negative, _ in choice) % 2].append(term)
-        positive, negative = (
-            Add(self.in_shape, self.out_shape, tuple(half))
-            if half
-            else zero(self.in_shape, self.out_shape)
-            for half in halves
-        )
-        return positive, negative
+    def magnitude(self) -> LinearMap:
+        # An entry is a product with one factor an axis.
+        absolute = tuple(None if m is None else m.abs() for m in self.matrices)
+        return dataclasses.replace(self, matrices=absolute)

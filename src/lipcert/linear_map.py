@@ -35,24 +35,30 @@ class LinearMap(ABC):
         zero = y.new_zeros(y.shape[0], *self.in_shape)
         return torch.func.vjp(self.apply, zero)[1](y)[0]
 
-    def split(self) -> tuple["LinearMap", "LinearMap"]:
-        """P, N without negative entries and A = P - N; dense matrices unless a kind knows."""
-        return Matrix(self.in_shape, self.out_shape, self.dense()).split()
+    def magnitude(self) -> "LinearMap":
+        """A map whose entries are at least the absolute values of the entries of this one.
+
+        Exactly |A|, but for the products and sums of `Composition` and `Add`, where terms that
+        would cancel add up. By the dense matrix unless a kind knows.
+        """
+        return Matrix(self.in_shape, self.out_shape, self.dense().abs())
 
     def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest box holding A x for every x in the box; infinite ends are allowed.
+        """A box holding A x for every x in the box: A (l + u) / 2 -+ |A| (u - l) / 2.
+
+        The smallest one where `magnitude` is exact. Where an end is infinite or NaN, so may be
+        every end that comes of it: nothing is known there.
 
         Args:
             lower: Lower ends, shape `(b, *in_shape)`.
             upper: Upper ends, the same shape.
 
         Returns:
-            Lower and upper ends, shape `(b, *out_shape)`.
+            Lower and upper ends, shape `(b, *out_shape)`, differentiable in weights and ends.
         """
-        positive, negative = self.split()
-        up = _extended_apply(positive, upper) - _extended_apply(negative, lower)
-        low = _extended_apply(positive, lower) - _extended_apply(negative, upper)
-        return low, up
+        centre = self.apply((lower + upper) / 2)
+        radius = self.magnitude().apply((upper - lower) / 2)
+        return centre - radius, centre + radius
 
     @property
     def in_size(self) -> int:
@@ -121,18 +127,6 @@ class LinearMap(ABC):
         return Add(self.in_shape, self.out_shape, (self, other))
 
 
-def _extended_apply(nonnegative: LinearMap, x: Tensor) -> Tensor:
-    """A x for a map without negative entries, with 0 * inf = 0."""
-    infinite = x.isinf()
-    y = nonnegative.apply(x.where(~infinite, 0))
-    if not infinite.any():
-        return y
-    for sign in (-1, 1):
-        touched = nonnegative.apply((infinite & (x * sign > 0)).to(x)) > 0
-        y = y.where(~touched, sign * math.inf)
-    return y
-
-
 @dataclass(frozen=True, eq=False)
 class Matrix(LinearMap):
     """A matrix acting on the flattened array; the form of last resort for boxes."""
@@ -145,9 +139,8 @@ class Matrix(LinearMap):
     def adjoint(self, y: Tensor) -> Tensor:
         return (y.flatten(1) @ self.weight.to(y)).reshape(-1, *self.in_shape)
 
-    def split(self) -> tuple[LinearMap, LinearMap]:
-        parts = self.weight.clamp(min=0), (-self.weight).clamp(min=0)
-        return tuple(dataclasses.replace(self, weight=part) for part in parts)  # type: ignore[return-value]
+    def magnitude(self) -> LinearMap:
+        return dataclasses.replace(self, weight=self.weight.abs())
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,9 +155,8 @@ class Transpose(LinearMap):
     def adjoint(self, y: Tensor) -> Tensor:
         return self.inner.apply(y)
 
-    def split(self) -> tuple[LinearMap, LinearMap]:
-        positive, negative = self.inner.split()
-        return positive.T, negative.T
+    def magnitude(self) -> LinearMap:
+        return self.inner.magnitude().T
 
     @property
     def T(self) -> LinearMap:
@@ -187,11 +179,9 @@ class Composition(LinearMap):
             y = factor.adjoint(y)
         return y
 
-    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """A box holding A x; factor by factor, so not always the smallest."""
-        for factor in self.factors:
-            lower, upper = factor.interval(lower, upper)
-        return lower, upper
+    def magnitude(self) -> LinearMap:
+        """The product of the magnitudes: an upper bound."""
+        return dataclasses.replace(self, factors=tuple(f.magnitude() for f in self.factors))
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,10 +196,9 @@ class Add(LinearMap):
     def adjoint(self, y: Tensor) -> Tensor:
         return sum((t.adjoint(y) for t in self.terms[1:]), start=self.terms[0].adjoint(y))
 
-    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """A box holding A x; term by term, so not always the smallest."""
-        boxes = [t.interval(lower, upper) for t in self.terms]
-        return sum(b[0] for b in boxes), sum(b[1] for b in boxes)  # type: ignore[return-value]
+    def magnitude(self) -> LinearMap:
+        """The sum of the magnitudes: an upper bound."""
+        return dataclasses.replace(self, terms=tuple(t.magnitude() for t in self.terms))
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,12 +215,8 @@ class Stack(LinearMap):
         pairs = zip(self.parts, pieces, strict=True)
         return sum(p.adjoint(piece.reshape(-1, *p.out_shape)) for p, piece in pairs)  # type: ignore[return-value]
 
-    def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        boxes = [p.interval(lower, upper) for p in self.parts]
-        return (
-            torch.cat([b[0].flatten(1) for b in boxes], 1),
-            torch.cat([b[1].flatten(1) for b in boxes], 1),
-        )
+    def magnitude(self) -> LinearMap:
+        return dataclasses.replace(self, parts=tuple(p.magnitude() for p in self.parts))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipcert.bounds import Bound
+from lipcert.bounds import Bound, MarginConstants
 from lipcert.errors import LipcertError
 from lipcert.graph import Graph
 from lipcert.losses import Loss
@@ -19,6 +19,7 @@ from lipcert.schedules import Constant, Schedule
 Optimiser = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 Augmentation = Callable[[Tensor], Tensor]
 Perturbation = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
+Regulariser = Callable[[MarginConstants, float], Tensor]
 _ALWAYS_ONE = Constant(1.0)
 
 
@@ -51,6 +52,7 @@ class Recipe:
         bound: Gives the bound to train with; estimates are fine here.
         loss: A loss of `lipcert.losses` or with their signature.
         loss_options: Further keyword arguments of the loss.
+        loss_schedules: Further keyword arguments of the loss, as schedules of their values.
         eps: L2 radius the training aims at, in input units (pixels in [0, 1]).
         eps_schedule: Factor on `eps`.
         epochs: Passes over the training part.
@@ -60,6 +62,8 @@ class Recipe:
         learning_rate_schedule: Factor on it.
         penalties: Each makes a module for the network; what it returns when called without
             arguments, a scalar, is added to the loss. Its buffers are saved in checkpoints.
+        regularise: `regularise(constants, progress)` gives a scalar that is added to the loss; it
+            is called with the constants of the step and the progress in [0, 1].
         augment: Gives the pictures to train on in place of a batch, pixels in [0, 1]; drawn from
             torch's global generator.
         perturb: `perturb(network, inputs, labels, radius)` gives the inputs to train on in place of
@@ -84,9 +88,11 @@ class Recipe:
     learning_rate: float
     radii: tuple[str, ...]
     loss_options: Mapping[str, Any] = field(default_factory=dict)
+    loss_schedules: Mapping[str, Schedule] = field(default_factory=dict)
     eps_schedule: Schedule = _ALWAYS_ONE
     learning_rate_schedule: Schedule = _ALWAYS_ONE
     penalties: tuple[Callable[[nn.Module], nn.Module], ...] = ()
+    regularise: Regulariser | None = None
     augment: Augmentation | None = None
     perturb: Perturbation | None = None
     after_step: Callable[[nn.Module], None] | None = None

@@ -1,8 +1,9 @@
 """Schedules: functions of the training progress t in [0, 1] that return a value.
 
-They serve radii, learning rates and weights alike, and know nothing of epochs: a recipe keeps its
-shape when its length changes. Each is a frozen dataclass of numbers and prints as it is written.
-Below, s = clip((t - begin) / (until - begin), 0, 1): values are held outside [begin, until].
+They serve radii, learning rates and weights alike, and know nothing of a run's epochs: a recipe
+keeps its shape when its length changes. Each is a frozen dataclass of numbers and prints as it is
+written. Below, s = clip((t - begin) / (until - begin), 0, 1): values are held outside [begin,
+until].
 """
 
 import math
@@ -121,3 +122,58 @@ class Exponential:
         """The value at this progress."""
         s = _share(progress, self.begin, 1.0)
         return self.start ** (1 - s) * self.end**s
+
+
+@dataclass(frozen=True)
+class EpochRamp:
+    """A ramp in steps of epochs, as trainings with BCP and Local-Lip have it for radius and kappa.
+
+    Epochs are counted from 0 and have the length 1 / epochs. Up to epoch ``warmup`` the value is
+    ``start``. Then ``ramp`` epochs begin at equally spaced values, the first at ``start`` and the
+    last at ``end``, and inside each the value moves on in proportion by (end - start) / ramp in
+    all, but never beyond ``end``, where it stays.
+
+    The code of the papers does not stop at ``end``: in each epoch from then on, too, the value
+    moves on by (towards - start) / ramp and jumps back. For radii its ``towards`` is the radius of
+    the test, which is not that of the training. ``legacy`` does just this, to repeat their runs.
+
+    Attributes:
+        start: Value before the ramp.
+        end: Value after it.
+        ramp: Epochs of the ramp.
+        epochs: Epochs of the whole training.
+        warmup: Epochs before the ramp.
+        legacy: Whether to overshoot as the papers' code.
+        towards: Where the slope inside epochs leads if ``legacy``; ``end`` if None.
+
+    Reference: arXiv 2111.01395, the authors' code.
+    """
+
+    start: float
+    end: float
+    ramp: int
+    epochs: int
+    warmup: int = 0
+    legacy: bool = False
+    towards: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.ramp >= 1 and self.warmup >= 0 and self.warmup + self.ramp <= self.epochs):
+            raise LipcertError(f"{self}: warm-up and a ramp of >= 1 epochs must fit in the epochs")
+        if self.towards is not None and not self.legacy:
+            raise LipcertError(f"{self}: towards is of the overshoot, which needs legacy=True")
+
+    def __call__(self, progress: float) -> float:
+        """The value at this progress."""
+        epoch = min(int(progress * self.epochs), self.epochs - 1)
+        inside = progress * self.epochs - epoch
+        if epoch < self.warmup:
+            return self.start
+        step = epoch - self.warmup
+        w = 1.0 if step >= self.ramp else step / max(1, self.ramp - 1)
+        begin = (1 - w) * self.start + w * self.end
+        if self.legacy:
+            towards = self.end if self.towards is None else self.towards
+            return begin + inside * (towards - self.start) / self.ramp
+        value = begin + inside * (self.end - self.start) / self.ramp
+        return min(value, self.end) if self.end >= self.start else max(value, self.end)

@@ -105,8 +105,12 @@ def train(
 
             logits = net(x)
             classes = recipe.loss.protects(logits, y)
-            row = bound(x).row(classes)
-            loss = recipe.loss(logits, y, row, eps, **recipe.loss_options)
+            constants = bound(x, eps, index)
+            scheduled = {name: at(progress) for name, at in recipe.loss_schedules.items()}
+            options = {**recipe.loss_options, **scheduled}
+            loss = recipe.loss(logits, y, constants.within(classes, eps), eps, **options)
+            if recipe.regularise is not None:
+                loss = loss + recipe.regularise(constants, progress)
             for penalty in penalties:
                 loss = loss + penalty()
             optimiser.zero_grad(set_to_none=True)

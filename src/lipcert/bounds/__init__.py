@@ -3,6 +3,16 @@
 from lipcert.bounds.liplt import LipLT
 from lipcert.bounds.margin import Bound, MarginConstants
 from lipcert.bounds.product import Layer, Product
+from lipcert.bounds.sample_vectors import SampleVectors
 from lipcert.bounds.tightest import Tightest, tightest
 
-__all__ = ["Bound", "Layer", "LipLT", "MarginConstants", "Product", "Tightest", "tightest"]
+__all__ = [
+    "Bound",
+    "Layer",
+    "LipLT",
+    "MarginConstants",
+    "Product",
+    "SampleVectors",
+    "Tightest",
+    "tightest",
+]

@@ -14,28 +14,42 @@ Reference: arXiv 2310.00116 for chains of layers with slopes in [0, 1]; the resi
 single neurons, opaque functions and general graphs follow from the same triangle inequality.
 """
 
+import functools
+from collections.abc import Mapping
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lipcert.bounds.ends import End, margins, single_logits
+from lipcert.bounds.local_ends import local_logits, local_margins
+from lipcert.bounds.local_liplt import LocalLipLT
 from lipcert.bounds.margin import (
     Bound,
     MarginConstants,
+    check_region,
     check_strategy,
     device_of,
     evaluating,
+    samples,
 )
 from lipcert.bounds.paths import Paths, rows_at_sources
-from lipcert.bounds.reach import radius, reached_by_norms
+from lipcert.bounds.reach import product_from, radius, reached_by_norms
+from lipcert.bounds.steps import Step
 from lipcert.errors import LipcertError
 from lipcert.graph import Graph, Lipschitz, Node, Slope
 from lipcert.kinds import Constant, Kind
+from lipcert.region import L2Ball
 from lipcert.spectral import Auto, Iterative, Strategy
+from lipcert.spectral.iterative import Rows
 
 
 class LipLT(Bound):
-    """The global LipLT bound.
+    """The LipLT bound: global, or around each sample.
+
+    Around samples activations have the slopes of the ball (see `local_liplt`), and `drop` is the
+    worst case of the last layer over ball and box. A smaller ball can have larger constants, so
+    `tightest` with the global bound is better than either.
 
     With exact norms never above the product bound where all neurons of a layer have the same range
     of slopes and nothing is concatenated; otherwise either can be the tighter one (`tightest` takes
@@ -49,13 +63,23 @@ class LipLT(Bound):
             forward and one back.
         joint: Bound the sum of the terms by one norm of all maps together, which is at most the
             sum of their norms; costs a few more norms a layer. Not with iterated vectors.
+        region: Where the bound is to hold; everywhere by default.
     """
 
-    def __init__(self, graph: Graph, norm: Strategy | None = None, joint: bool = False):
+    def __init__(
+        self,
+        graph: Graph,
+        norm: Strategy | None = None,
+        joint: bool = False,
+        region: L2Ball | None = None,
+    ):
         super().__init__(graph)
         self.norm = Auto() if norm is None else norm
         self.joint = joint
+        self.region = region
+        self.local = region is not None
         check_strategy(self.norm, graph)
+        check_region(region, self.norm)
         self.p = self.norm.p
         if joint and (isinstance(self.norm, Iterative) or self.norm.p != 2):
             raise LipcertError(
@@ -75,22 +99,49 @@ class LipLT(Bound):
         """The arguments, for ``print(bound)``."""
         return f"norm={self.norm}, joint={self.joint}"
 
-    def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
-        """The constants of all pairs; `x` is not looked at."""
-        return margins(self.classes, self._ends(), self.p)
+    def forward(
+        self,
+        x: Float[Tensor, "b ..."] | None = None,
+        eps: float | Float[Tensor, " b"] | None = None,
+        index: Int[Tensor, " b"] | None = None,
+    ) -> MarginConstants:
+        """The constants of all pairs, see `Bound`; `index` is not looked at."""
+        if self.region is None:
+            return margins(self.classes, self._ends(), self.p)
+        with evaluating(self.graph):
+            local = self._around(x, eps)
+            return local_margins(self.classes, local.ends(), local.boxed(), local.around)
 
-    def lipschitz(self) -> Constant:
-        """A Lipschitz constant of the whole output vector."""
-        return self.prefix(self.graph.output)
+    def lipschitz(
+        self,
+        x: Float[Tensor, "b ..."] | None = None,
+        eps: float | Float[Tensor, " b"] | None = None,
+    ) -> Constant:
+        """A Lipschitz constant of the whole output vector, see `Bound`."""
+        return self.prefix(self.graph.output, x, eps)
 
-    def per_output(self) -> Constant:
-        """Lipschitz constants of the single logits; `value` has shape `(classes,)`."""
-        return single_logits(self.graph.output.shape[0], self._ends(), self.p)
+    def per_output(
+        self,
+        x: Float[Tensor, "b ..."] | None = None,
+        eps: float | Float[Tensor, " b"] | None = None,
+    ) -> Constant:
+        """Lipschitz constants of the single logits, see `Bound`."""
+        if self.region is None:
+            return single_logits(self.graph.output.shape[0], self._ends(), self.p)
+        with evaluating(self.graph):
+            return local_logits(self._around(x, eps).ends())
 
-    def prefix(self, upto: Node | str) -> Constant:
-        """A Lipschitz constant of the function from the input to a node (or its name)."""
+    def prefix(
+        self,
+        upto: Node | str,
+        x: Float[Tensor, "b ..."] | None = None,
+        eps: float | Float[Tensor, " b"] | None = None,
+    ) -> Constant:
+        """A Lipschitz constant of the function from the input to a node, see `Bound`."""
         target = self.graph.node(upto) if isinstance(upto, str) else upto
         with evaluating(self.graph):
+            if self.region is not None:
+                return self._around(x, eps).reached(target)
             if isinstance(self.norm, Iterative) and target in self._whole.ends:
                 return self._iterated(self._whole)[target]
             paths = _upto(self.graph, self._inner, target)
@@ -108,6 +159,21 @@ class LipLT(Bound):
         """`prefixes()` and the constants of all pairs, every norm computed once."""
         classes, prefixes = self.classes, self.prefixes()
         return prefixes, margins(classes, self._ends(prefixes), self.p)
+
+    def _around(
+        self, x: Float[Tensor, "b ..."] | None, eps: float | Float[Tensor, " b"] | None
+    ) -> LocalLipLT:
+        """The bound around each sample, its parts worked out when asked for."""
+        assert self.region is not None
+        x = samples(x, self.graph, self.norm)
+        reached = dict(self._once("reached", lambda: self._reached(self._whole)))
+        return LocalLipLT(
+            *(self.graph, self._whole, x, self.region, self.region.radii(x, eps)),
+            lambda n: product_from(n, reached, self.norm),
+            functools.partial(self._iterated_locally, len(x))
+            if isinstance(self.norm, Iterative)
+            else None,
+        )
 
     def _ends(self, reached: dict[Node, Constant] | None = None) -> list[End]:
         """For each source of the output: how far it can change, and the rows of its map."""
@@ -147,14 +213,43 @@ class LipLT(Bound):
         for s, rows in kept.items():
             fresh = torch.cat([better[s], rows[len(better[s]) :]])
             setattr(self, self._name(s), fresh)  # the old tensor may be in someone's graph
-        reached: dict[Node, Constant] = {}
-        for end in paths.ends:
-            radii = [radius(s, reached).value.to(norms[end]) for s in paths.sources[end]]
-            reached[end] = Constant((norms[end] * torch.stack(radii)).sum(), Kind.ESTIMATE)
-        return reached
+        return _accumulated(paths, norms)
+
+    def _iterated_locally(self, count: int, steps: dict[Node, Step]) -> dict[Node, Constant]:
+        """The same for the maps of each of some samples, from the vectors of the global ones."""
+        assert isinstance(self.norm, Iterative)
+        like, paths = self._like(), self._whole
+
+        def samples_apart(rows: Rows) -> Rows:
+            return {n: r.unflatten(0, (-1, count)) for n, r in rows.items()}
+
+        def together(rows: Rows) -> Rows:
+            return {n: r.flatten(0, 1) for n, r in rows.items()}
+
+        kept = {s: getattr(self, self._name(s)).to(like) for s in paths.starts()}
+        order = paths.order.to(like.device)[:, None] * count + torch.arange(count).to(like.device)
+        norms, _ = self.norm.refine_many(
+            lambda rows: together(paths.push(steps, samples_apart(rows))),
+            lambda rows: together(paths.pull(steps, samples_apart(rows))),
+            {s: rows.repeat_interleave(count, 0) for s, rows in kept.items()},
+            order.flatten(),
+        )
+        return _accumulated(paths, samples_apart(norms))
 
     def _name(self, source: Node) -> str:
         return f"vectors_{self._place[source]}"
+
+
+def _accumulated(paths: Paths, norms: Mapping[Node, Tensor]) -> dict[Node, Constant]:
+    """What reaches each end: the sum of ||A_s|| r_s over its sources, for all samples alike."""
+    reached: dict[Node, Constant] = {}
+    for end in paths.ends:
+        terms = [
+            norm * radius(s, reached).value.to(norm)
+            for norm, s in zip(norms[end], paths.sources[end], strict=True)
+        ]
+        reached[end] = Constant(torch.stack(terms).sum(0), Kind.ESTIMATE)
+    return reached
 
 
 def _spreads(n: Node) -> bool:

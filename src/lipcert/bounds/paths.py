@@ -98,6 +98,9 @@ class Paths:
     def push(self, steps: Mapping[Node, Step], vectors: Vectors) -> Vectors:
         """A v for every pair of an end and a source of it.
 
+        Steps may differ from sample to sample: an axis of the samples then comes before the
+        shape of each node, here and in `pull`.
+
         Args:
             steps: From `steps`.
             vectors: For each source one vector for each end after it, `(ends, *source.shape)`.
@@ -136,7 +139,7 @@ class Paths:
             parts, size = own + held.pop(n), len(self._after(n))
             if is_source(n):
                 emit, x = steps[n].emit, _placed([(y[:, -1], at) for y, at in parts], size, 0)
-                vectors[n] = x if emit is None else emit.adjoint(x)
+                vectors[n] = _applied(None if emit is None else emit.T, x)
             if isinstance(n.op, Input | Lipschitz):
                 continue
             for place, i in enumerate(n.inputs):
@@ -147,7 +150,8 @@ class Paths:
                     held[i] += [(y, [onward[p] for p in at]) for y, at in taken]
                     continue
                 y = _placed(taken, size, 0)
-                y = pulled(n, steps[n], y.flatten(0, 1), place).unflatten(0, y.shape[:2])
+                lead = y.shape[: y.ndim - len(n.shape)]
+                y = pulled(n, steps[n], y.reshape(-1, *n.shape), place).reshape(*lead, *i.shape)
                 held[i].append((y, onward))
         return vectors
 
@@ -194,7 +198,8 @@ class Paths:
             parts.append(_placed([(x, places)], len(self.sources[n]), 1))
         if isinstance(n.op, Sum):
             return torch.stack(parts).sum(0)
-        return torch.cat([p.flatten(2) for p in parts], 2)
+        flat = [p.flatten(p.ndim - len(i.shape)) for p, i in zip(parts, n.inputs, strict=True)]
+        return torch.cat(flat, -1)
 
 
 def rows_at_sources(
@@ -222,9 +227,12 @@ def rows_at_sources(
     return found
 
 
-def _applied(map: LinearMap | None, x: Float[Tensor, "e s ..."]) -> Float[Tensor, "e s ..."]:
-    """The map applied to every vector; None is the identity."""
-    return x if map is None else map.apply(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+def _applied(map: LinearMap | None, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The map applied to every vector, whatever axes come before its shape; None: the identity."""
+    if map is None:
+        return x
+    lead = x.shape[: x.ndim - len(map.in_shape)]
+    return map.apply(x.reshape(-1, *map.in_shape)).reshape(*lead, *map.out_shape)
 
 
 def _fixed_number(diagonal: Tensor) -> bool:

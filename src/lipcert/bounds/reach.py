@@ -81,7 +81,7 @@ def _summed(
             reached[end] = known[end]
             continue
         if end in cut:
-            _cut(end, reached, norm)
+            product_from(end, reached, norm)
             continue
         norms = {s: norm(map) for s, map in terms.items()}
         radii = {s: radius(s, reached) for s in terms}
@@ -135,13 +135,13 @@ def _affordable(terms: Mapping[Node, LinearMap]) -> bool:
     return all(is_circulant(m) for m in maps) and sum(products(m) for m in maps) <= _PRODUCTS
 
 
-def _cut(n: Node, reached: Reached, norm: Strategy) -> Constant:
+def product_from(n: Node, reached: Reached, norm: Strategy) -> Constant:
     """The product bound from the nodes on whose reach is known; adds what it finds to these."""
     if n in reached:
         return reached[n]
     if isinstance(n.op, Input):
         return radius(n, reached)
-    before = [_cut(i, reached, norm) for i in n.inputs]
+    before = [product_from(i, reached, norm) for i in n.inputs]
     kinds = [b.kind for b in before]
     values = torch.stack([b.value.to(before[0].value) for b in before])
     failure = sum(b.failure for b in before)

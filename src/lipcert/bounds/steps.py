@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipcert.bounds.slopes import everywhere
-from lipcert.graph import Affine, Concat, Input, Lipschitz, Node, Slope, Sum
+from lipcert.graph import Affine, Box, Concat, Input, Lipschitz, Node, Slope, Sum
 from lipcert.linear_kinds import Scale
 from lipcert.linear_map import LinearMap
 from lipcert.simplify import simplify
@@ -24,6 +24,29 @@ class Step:
 
     through: LinearMap | None = None
     emit: LinearMap | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SampleScale(LinearMap):
+    """Elementwise multiplication with numbers of each sample, `diagonal` of shape `(b, *shape)`.
+
+    It takes batches that hold the samples in their order, any number of times.
+    """
+
+    diagonal: Float[Tensor, "b ..."]
+
+    def apply(self, x: Float[Tensor, "rounds_b ..."]) -> Float[Tensor, "rounds_b ..."]:
+        return (x.unflatten(0, (-1, len(self.diagonal))) * self.diagonal).flatten(0, 1)
+
+    def adjoint(self, y: Float[Tensor, "rounds_b ..."]) -> Float[Tensor, "rounds_b ..."]:
+        return self.apply(y)
+
+
+def local_step(n: Node, slopes: Box, like: Float[Tensor, "b ..."]) -> Step:
+    """The step of a `Slope` node whose slopes are known around each sample."""
+    low, high = (slope.expand(len(like), *n.shape) for slope in slopes)
+    c, d = (low + high) / 2, (high - low) / 2
+    return Step(SampleScale(n.shape, n.shape, c), SampleScale(n.shape, n.shape, d))
 
 
 def linear_step(n: Node, like: Tensor | None = None) -> Step:

@@ -3,8 +3,11 @@
 from lipcert.layers.activations import Householder, MaxMin, Normalize
 from lipcert.layers.batch_norm import RecordingBatchNorm2d, last_batch_variances
 from lipcert.layers.parseval import ConvexSum, ScaledConv2d
+from lipcert.layers.thresholds import ClippedMaxMin, ClippedReLU, project_thresholds
 
 __all__ = [
+    "ClippedMaxMin",
+    "ClippedReLU",
     "ConvexSum",
     "Householder",
     "MaxMin",
@@ -12,4 +15,5 @@ __all__ = [
     "RecordingBatchNorm2d",
     "ScaledConv2d",
     "last_batch_variances",
+    "project_thresholds",
 ]

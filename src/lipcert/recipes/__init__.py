@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from lipcert.errors import LipcertError
 from lipcert.recipe import Recipe
-from lipcert.recipes import baselines, crm
+from lipcert.recipes import baselines, bcp, crm, local_lip
 from lipcert.recipes.digits import gloro_digits, lmt_digits
 from lipcert.recipes.mnist import gloro_mnist, lmt_mnist
 from lipcert.recipes.svhn import lmt_svhn, lmt_svhn_average, lmt_svhn_batch
@@ -20,6 +20,11 @@ _RECIPES: dict[str, Callable[[], Recipe]] = {
         *(crm.crm_digits, crm.crm_mnist),
         *(crm.crm_cifar10, crm.crm_cifar10_bcp, crm.crm_cifar10_deepest, crm.crm_tiny),
         *(lmt_svhn, lmt_svhn_average, lmt_svhn_batch),
+        *(local_lip.local_lip_digits, local_lip.lmt_local_digits, local_lip.crm_local_digits),
+        *(local_lip.local_lip_mnist, local_lip.local_lip_cifar10_c4f3),
+        *(local_lip.local_lip_cifar10, local_lip.local_lip_cifar10_max_min),
+        *(local_lip.local_lip_tiny, local_lip.local_lip_tiny_max_min),
+        *(bcp.bcp_mnist, bcp.bcp_cifar10),
     )
 }
 

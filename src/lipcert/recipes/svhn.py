@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lipcert import losses
@@ -38,16 +38,21 @@ class BatchProduct(Product):
     the network is in eval mode, as `certify` has it, this is `Product`.
     """
 
-    def forward(self, x: Float[Tensor, "b ..."] | None = None) -> MarginConstants:
-        """The constants of all pairs; `x` is not looked at.
+    def forward(
+        self,
+        x: Float[Tensor, "b ..."] | None = None,
+        eps: float | Float[Tensor, " b"] | None = None,
+        index: Int[Tensor, " b"] | None = None,
+    ) -> MarginConstants:
+        """The constants of all pairs; the arguments are not looked at.
 
         Raises:
             LipcertError: In training mode, if no batch has gone through the network.
         """
         if not self.graph.model.training:
-            return super().forward(x)
+            return super().forward()
         with last_batch_variances(self.graph.model):
-            constants = super().forward(x)
+            constants = super().forward()
         return dataclasses.replace(constants, kind=Kind.ESTIMATE, failure=0.0)
 
 

@@ -8,6 +8,7 @@ from lipcert.rules import (
     resampling,
     smooth,
     structural,
+    thresholds,
     vector,
 )
 from lipcert.rules.registry import refuse, rule
@@ -22,5 +23,6 @@ __all__ = [
     "rule",
     "smooth",
     "structural",
+    "thresholds",
     "vector",
 ]

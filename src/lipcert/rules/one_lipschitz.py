@@ -27,7 +27,17 @@ def monotone(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Box]:
 @rule(MaxMin)
 def _max_min(module: MaxMin, x: Node) -> Lipschitz:
     # Each pair is sorted, and sorting never increases distances.
-    return Lipschitz(module, x.shape, lambda: 1.0, monotone(module))
+    return sorted_pairs(module, x)
+
+
+def sorted_pairs(module: MaxMin, x: Node) -> Lipschitz:
+    """MaxMin as a node: an input matters where either output of its pair does."""
+
+    def needs(outputs: Tensor) -> Tensor:
+        either = torch.maximum(*outputs.chunk(2, 1))
+        return torch.cat([either, either], 1)
+
+    return Lipschitz(module, x.shape, lambda: 1.0, monotone(module), needs=needs)
 
 
 @rule(Householder)

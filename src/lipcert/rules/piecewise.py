@@ -77,6 +77,8 @@ def _absolute(x: Node) -> Slope:
 
 
 def _leaky(negative: float) -> Slope:
+    if negative == 0:
+        return _relu(F.relu)  # 0 * infinity is NaN
     return piecewise_linear(lambda t: F.leaky_relu(t, negative), lambda: ((0.0,), (negative, 1.0)))
 
 

@@ -4,6 +4,7 @@ Two families cover the activations in use: piecewise linear ones, and smooth one
 is monotone between a few known points.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,10 @@ def piecewise_linear(
 ) -> Slope:
     """A continuous piecewise linear function.
 
+    An interval meets a piece where they share more than a point, a single point the pieces it
+    belongs to, ends included. Between breaks in the wrong order there is no piece: those around
+    them overlap. What is NaN meets every piece, so that it never looks constant.
+
     Args:
         fn: The function.
         pieces: Gives the ascending break points and the slopes of the pieces, one more than
@@ -28,21 +33,23 @@ def piecewise_linear(
 
     def secants(lower: Tensor, upper: Tensor) -> Box:
         breaks, slopes = pieces()
-        ends = [-math.inf, *breaks, math.inf]
-        point = lower == upper
-        low = torch.full_like(lower, math.inf)
-        high = torch.full_like(lower, -math.inf)
-        for begin, end, slope in zip(ends[:-1], ends[1:], slopes, strict=True):
-            left = torch.maximum(lower, torch.as_tensor(begin).to(lower))
-            right = torch.minimum(upper, torch.as_tensor(end).to(upper))
-            met = (left < right) | (point & (left == right))
-            value = torch.as_tensor(slope).to(lower)
-            low = torch.where(met, torch.minimum(low, value), low)
-            high = torch.where(met, torch.maximum(high, value), high)
+        missed = _missed(lower, upper, breaks)
+        numbers = [slope for slope in slopes if isinstance(slope, int | float)]
+        if len(numbers) < len(slopes):
+            return _hull(lower, slopes, missed)
+        by_slope: dict[float, Tensor] = {}  # where all pieces of this slope are missed
+        for slope, here in sorted(zip(numbers, missed, strict=True), key=lambda pair: pair[0]):
+            if here is not None:
+                by_slope[slope] = by_slope[slope] & here if slope in by_slope else here
+        values = list(by_slope)
+        low = _chosen(lower, [(v, by_slope[v]) for v in values[:-1]], values[-1])
+        high = _chosen(lower, [(v, by_slope[v]) for v in values[:0:-1]], values[0])
         return low, high
 
     def image(lower: Tensor, upper: Tensor) -> Box:
         breaks, slopes = pieces()
+        if all(isinstance(slope, int | float) and slope >= 0 for slope in slopes):
+            return fn(lower), fn(upper)
         limits = []
         for x, slope, near, way in (
             (lower, slopes[0], breaks[0], -1),
@@ -104,6 +111,48 @@ def everywhere(
         )
 
     return Slope(fn, constant(slopes), constant(values))
+
+
+def _missed(lower: Tensor, upper: Tensor, breaks: Numbers) -> list[Tensor | None]:
+    """Where an interval meets nothing of each piece; None for a piece between crossed numbers."""
+    # All are false where an end is NaN, and for a point on a break, which misses neither piece.
+    right, left = [], []
+    for point in breaks:
+        at = point.to(lower) if isinstance(point, Tensor) else point
+        right.append((lower >= at) & (upper > at))
+        left.append((upper <= at) & (lower < at))
+    missed: list[Tensor | None] = [right[0]]
+    for k, (begin, end) in enumerate(itertools.pairwise(breaks)):
+        crossed = begin >= end
+        between = left[k] | right[k + 1]
+        if isinstance(crossed, Tensor):
+            missed.append(between | crossed.to(lower.device))
+        else:
+            missed.append(None if crossed else between)
+    return [*missed, left[-1]]
+
+
+def _chosen(like: Tensor, others: list[tuple[float, Tensor]], last: float) -> Tensor:
+    """The first value that is not missed, else the last one."""
+    if len(others) == 1 and {others[0][0], last} == {0.0, 1.0}:  # several times faster than `where`
+        missed = others[0][1]
+        return (missed if last else ~missed).to(like.dtype)
+    values = torch.full_like(like, last)
+    for value, missed in reversed(others):
+        values = torch.where(missed, values, value)
+    return values
+
+
+def _hull(lower: Tensor, slopes: Numbers, missed: list[Tensor | None]) -> Box:
+    """Least and greatest of live slopes."""
+    low = torch.full_like(lower, math.inf)
+    high = torch.full_like(lower, -math.inf)
+    for slope, here in zip(slopes, missed, strict=True):
+        if here is not None:
+            value = torch.as_tensor(slope).to(lower)
+            low = torch.where(here, low, torch.minimum(low, value))
+            high = torch.where(here, high, torch.maximum(high, value))
+    return low, high
 
 
 def _at(fn: Callable[[Tensor], Tensor], x: Tensor, limits: Sequence[Tensor]) -> Tensor:

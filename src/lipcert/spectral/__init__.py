@@ -1,4 +1,4 @@
-"""Strategies for the spectral norm of a linear map, one a file."""
+"""Strategies for the spectral norm of a linear map, one a file; and norms of its parts."""
 
 from lipcert.spectral.auto import Auto
 from lipcert.spectral.count import Count
@@ -8,6 +8,7 @@ from lipcert.spectral.gram import Gram
 from lipcert.spectral.iterative import Iterative
 from lipcert.spectral.lanczos import Lanczos
 from lipcert.spectral.lobpcg import LOBPCG
+from lipcert.spectral.masked import masked_norms
 from lipcert.spectral.power_bound import PowerBound
 from lipcert.spectral.power_iteration import PowerIteration
 from lipcert.spectral.strategy import Strategy
@@ -27,4 +28,5 @@ __all__ = [
     "PowerIteration",
     "RowSum",
     "Strategy",
+    "masked_norms",
 ]

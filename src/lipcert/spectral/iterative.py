@@ -17,6 +17,9 @@ from lipcert.kinds import Constant, Kind
 from lipcert.linear_map import LinearMap, Shape
 from lipcert.spectral.strategy import Strategy
 
+_MANY = 32  # vectors
+_SAFE = 1e-15, 1e15  # norms whose squares are well inside the range of float32
+
 Rows = dict[Any, Float[Tensor, "_ ..."]]
 Sweep = Callable[[Rows], Rows]
 
@@ -73,12 +76,27 @@ class Iterative(Strategy):
         with torch.no_grad():
             state = self.improve(apply, adjoint, state, order)
         images = apply({key: rows[:, 0] for key, rows in state.items()})
-        return {key: norms(rows) for key, rows in images.items()}, state
+        return {key: _differentiated(rows) for key, rows in images.items()}, state
+
+
+def _differentiated(rows: Float[Tensor, "k ..."]) -> Float[Tensor, " k"]:
+    """The norms of images A v; their gradient is that of u . A v at the unit image u."""
+    with torch.no_grad():
+        size, unit = norms(rows), units(rows, None)
+    if not rows.requires_grad:
+        return size
+    along = (rows * unit).flatten(1).sum(1)
+    return size + (along - along.detach())
 
 
 def norms(rows: Float[Tensor, "k ..."]) -> Float[Tensor, " k"]:
-    """In float64: in float32, squares of 1e-30 are zero and those of 1e30 infinite."""
-    return torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float64).to(rows)
+    """In float64 if need be: in float32, squares of 1e-30 are zero and those of 1e30 infinite."""
+    flat = rows.flatten(1)
+    if len(flat) >= _MANY:  # a vector a sample: a copy in float64 would take much memory
+        size = torch.linalg.vector_norm(flat, dim=1)
+        if bool(((size > _SAFE[0]) & (size < _SAFE[1])).all()):
+            return size
+    return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).to(rows)
 
 
 def units(rows: Tensor, fallback: Tensor | None) -> Tensor:

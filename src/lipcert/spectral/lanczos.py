@@ -15,18 +15,22 @@ In the spirit of Kuczynski and Wozniakowski 1992, who get slightly better consta
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lipcert.errors import LipcertError
 from lipcert.kinds import Constant, Kind
-from lipcert.linear_map import LinearMap
+from lipcert.linear_map import LinearMap, Shape
 from lipcert.simplify import simplify
 from lipcert.spectral.exact import Exact, closed_form
 from lipcert.spectral.strategy import Strategy, differentiable
+
+Product = Callable[[Float[Tensor, "b ..."]], Float[Tensor, "b ..."]]
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,16 @@ class Lanczos(Strategy):
         if side <= self.steps or closed_form(map) is not None:
             return Exact()(map)  # as many steps as dimensions find the norm itself
         with torch.no_grad():
-            ritz, vector = _largest_ritz(map, self.steps)
-            if not ritz.isfinite():
-                return Constant(ritz, self.kind, self.failure)
-            excess = relative_gap(side, self.steps, self.failure)
-            value = (ritz.clamp(min=0) / (1 - excess)).sqrt()
-        return Constant(differentiable(value, map, vector), self.kind, self.failure)
+            product, shape = gram_product(map)
+            ritz, vectors = largest_ritz(product, random_starts(1, shape, map.like), self.steps)
+            if not ritz.isfinite().all():
+                return Constant(ritz[0], self.kind, self.failure)
+            value = self.inflated(ritz[0], side)
+        return Constant(differentiable(value, map, vectors[0]), self.kind, self.failure)
+
+    def inflated(self, ritz: Tensor, side: int) -> Tensor:
+        """The bounds on the norm that Ritz values of the Gram matrix of this side give."""
+        return (ritz.clamp(min=0) / (1 - relative_gap(side, self.steps, self.failure))).sqrt()
 
 
 def relative_gap(n: int, steps: int, failure: float) -> float:
@@ -80,35 +88,73 @@ def relative_gap(n: int, steps: int, failure: float) -> float:
     return high
 
 
-def _largest_ritz(map: LinearMap, steps: int) -> tuple[Tensor, Tensor]:
-    """The largest Ritz value of A^T A (or A A^T, if smaller) and its unit vector."""
-    on_input = map.in_size <= map.out_size
-    forward, backward = (map.apply, map.adjoint) if on_input else (map.adjoint, map.apply)
-    shape = map.in_shape if on_input else map.out_shape
-    like = map.like
-    vector = torch.randn(math.prod(shape), dtype=like.dtype, device=like.device)
-    basis = [vector / torch.linalg.vector_norm(vector)]
-    diagonal: list[Tensor] = []
-    beside: list[Tensor] = []
-    while True:
-        image = backward(forward(basis[-1].reshape(1, *shape))).flatten()
-        diagonal.append(basis[-1] @ image)
-        if len(basis) == steps:
+def gram_product(
+    map: LinearMap, columns: Tensor | None = None, rows: Tensor | None = None
+) -> tuple[Product, Shape]:
+    """The product of x with B^T B, or B B^T where that is smaller, and the shape of one x.
+
+    B is diag(rows) A diag(columns), with its own weights for each x of the batch: `columns`
+    `(b, *in_shape)` and `rows` `(b, *out_shape)`, ones if None.
+    """
+
+    def times(x: Tensor, weights: Tensor | None) -> Tensor:
+        return x if weights is None else x * weights
+
+    def from_input(x: Tensor) -> Tensor:
+        image = times(times(map.apply(times(x, columns)), rows), rows)
+        return times(map.adjoint(image), columns)
+
+    def from_output(y: Tensor) -> Tensor:
+        image = times(times(map.adjoint(times(y, rows)), columns), columns)
+        return times(map.apply(image), rows)
+
+    if map.in_size <= map.out_size:
+        return from_input, map.in_shape
+    return from_output, map.out_shape
+
+
+def random_starts(count: int, shape: Shape, like: Tensor) -> Float[Tensor, "b ..."]:
+    """Unit vectors, each uniform on the sphere and independent of the others."""
+    starts = torch.randn(count, math.prod(shape), dtype=like.dtype, device=like.device)
+    return (starts / torch.linalg.vector_norm(starts, dim=1, keepdim=True)).reshape(-1, *shape)
+
+
+def largest_ritz(
+    product: Product, start: Float[Tensor, "b ..."], steps: int
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b ..."]]:
+    """The largest Ritz values of a batch of positive semidefinite matrices, and unit vectors.
+
+    A matrix whose subspace becomes invariant goes on with zeros, which add eigenvalues 0 only.
+
+    Args:
+        product: From one vector a matrix to the products.
+        start: Unit vectors.
+        steps: Dimension of the subspaces.
+    """
+    count, shape = len(start), start.shape[1:]
+    size = math.prod(shape)
+    basis = start.new_zeros(count, steps, size)
+    basis[:, 0] = start.flatten(1)
+    tridiagonal = start.new_zeros(count, steps, steps)
+    for k in range(steps):
+        vector = basis[:, k]
+        image = product(vector.reshape(count, *shape)).flatten(1)
+        tridiagonal[:, k, k] = (vector * image).sum(1)
+        if k == steps - 1:
             break
-        stacked = torch.stack(basis)
+        known = basis[:, : k + 1]
         for _ in range(2):  # twice is enough to keep the basis orthogonal to rounding
-            image = image - (stacked @ image) @ stacked
-        norm = torch.linalg.vector_norm(image)
-        if not norm > 1e-14 * diagonal[0].abs():  # an invariant subspace, or NaN
+            image = image - ((known @ image[:, :, None]).mT @ known)[:, 0]
+        norm = torch.linalg.vector_norm(image, dim=1)
+        going = norm > 1e-14 * tridiagonal[:, 0, 0].abs()  # else an invariant subspace, or NaN
+        if not going.any():
             break
-        beside.append(norm)
-        basis.append(image / norm)
-    tridiagonal = torch.diag(torch.stack(diagonal))
-    if beside:
-        side = torch.stack(beside[: len(diagonal) - 1])
-        tridiagonal += torch.diag(side, 1) + torch.diag(side, -1)
-    if not tridiagonal.isfinite().all():
-        return tridiagonal.new_tensor(math.nan), basis[0].reshape(shape)
-    values, vectors = torch.linalg.eigh(tridiagonal)
-    top = vectors[:, -1] @ torch.stack(basis)
-    return values[-1], (top / torch.linalg.vector_norm(top)).reshape(shape)
+        norm = norm.where(going, 0)
+        tridiagonal[:, k, k + 1] = tridiagonal[:, k + 1, k] = norm
+        basis[:, k + 1] = torch.where(going[:, None], image / norm[:, None], 0)
+    finite = tridiagonal.isfinite().all(-1).all(-1)
+    values, vectors = torch.linalg.eigh(tridiagonal.where(finite[:, None, None], 0))
+    top = (vectors[:, None, :, -1] @ basis)[:, 0]
+    length = torch.linalg.vector_norm(top, dim=1)
+    vector = torch.where(length[:, None] > 0, top / length[:, None], basis[:, 0])
+    return values[:, -1].where(finite, math.nan), vector.reshape(start.shape)
