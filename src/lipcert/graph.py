@@ -48,11 +48,14 @@ class Slope:
             interval lies in [a, b]; elementwise on arrays `(b, *shape)`, ends may be infinite.
             Results broadcast against the arguments.
         image: `(lower, upper) -> (low, high)`: an interval holding f of the interval.
+        flat: Gives two ends: f is constant up to the first and from the second on; infinite where
+            it is not, numbers or live tensors that broadcast to a sample. None if not known.
     """
 
     fn: Callable[[Tensor], Tensor]
     secants: Callable[[Tensor, Tensor], Box]
     image: Callable[[Tensor, Tensor], Box]
+    flat: Callable[[], tuple[Tensor | float, Tensor | float]] | None = None
 
 
 @dataclass(frozen=True, eq=False)

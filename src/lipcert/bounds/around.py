@@ -176,8 +176,10 @@ class Around:
                 self._cubes.add(n)
             moved = map.apply(lower), map.apply(upper)
             return moved if n.op.bias is None else self._shifted(n, moved)
-        exact = self._ball.progressive or not isinstance(map, Conv)
-        norms = row_norms(map) if exact else filter_norms(map)
+        if isinstance(map, Conv) and not self._ball.progressive:
+            norms: Tensor | None = filter_norms(map)
+        else:
+            norms = row_norms(map)
         found: Box | None = None
         if norms is not None:
             r = _column(self.radii * self._reach(source), n) * norms.to(self._x)

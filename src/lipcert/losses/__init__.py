@@ -13,9 +13,11 @@ from lipcert.losses.gloro import gloro, gloro_trades
 from lipcert.losses.lmt import lmt
 from lipcert.losses.local_lip import local_lip
 from lipcert.losses.protects import Loss, label, prediction, protects
+from lipcert.losses.sparsity import Sparsity
 
 __all__ = [
     "Loss",
+    "Sparsity",
     "bcp",
     "boosted_cross_entropy",
     "ce",

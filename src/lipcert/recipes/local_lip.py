@@ -211,6 +211,8 @@ def _tiny(name: str, summary: str, model: Callable[..., nn.Module], **settings: 
         spans=(250, 0, 125),
         last_rate=5e-7,
         masked=_TINY_LOCAL,
+        # lambda = 0.01 within the share 1 - kappa of the robust loss
+        regularise=losses.Sparsity(EpochRamp(0.0, 0.01, 125, 250)),
         data=TINY_IMAGENET,
         model=model,
         eps=0.16,

@@ -61,7 +61,12 @@ def piecewise_linear(
         ends = (_at(fn, lower, limits), _at(fn, upper, limits))
         return _range(fn, lower, upper, ends, breaks)
 
-    return Slope(fn, secants, image)
+    def flat() -> tuple[Tensor | float, Tensor | float]:
+        breaks, slopes = pieces()
+        begins, ends = (isinstance(s, int | float) and s == 0 for s in (slopes[0], slopes[-1]))
+        return breaks[0] if begins else -math.inf, breaks[-1] if ends else math.inf
+
+    return Slope(fn, secants, image, flat)
 
 
 def smooth(
