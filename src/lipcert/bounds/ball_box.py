@@ -39,6 +39,12 @@ def ball_box(
     Raises:
         LipcertError: An argument is NaN, or a radius infinite: nothing would be known.
     """
+    # Scaled to functions and a ball of size 1, whose squares neither overflow nor vanish.
+    size = w.detach().abs().amax(-1)
+    size = size.where(size > 0, 1)
+    unit = radius.detach().where(radius > 0, 1)
+    w, radius = w / size[..., None], radius / unit
+    lower, upper = lower / unit[:, None], upper / unit[:, None]
     lower, upper = lower.clamp(max=0)[:, None], upper.clamp(min=0)[:, None]
     r2 = radius.square()[:, None]
     with torch.no_grad():
@@ -47,12 +53,12 @@ def ball_box(
     d = d.where(~unbounded[..., None], torch.where(w > 0, upper, lower))
     slack = (r2 - d.square().sum(-1)) / (2 * t.where(t > 0, 1))
     value = (w * d).sum(-1) + slack.where(~unbounded, 0)
-    if bool(value.isnan().any()):
+    if bool(value.isnan().any()) or not bool(radius.isfinite().all()):
         raise LipcertError(
             "The worst logits in a ball and box are NaN: the box, the radius or the last layer's "
             "weights are. Nothing can be proved; check the inputs and weights."
         )
-    return value
+    return value * size * unit[:, None]
 
 
 def _multiplier(w: Tensor, lower: Tensor, upper: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
