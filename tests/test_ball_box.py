@@ -32,7 +32,7 @@ def by_bisection(w, lower, upper, radius):
 def problem(b=6, c=5, n=12, shrink=True):
     """Random functions, boxes of very different sides, and radii where both sides matter."""
     w = torch.randn(b, c, n)
-    lower, upper = -torch.rand(b, n) ** 3, torch.rand(b, n) ** 3
+    lower, upper = -(torch.rand(b, n) ** 3), torch.rand(b, n) ** 3
     w[:, 1, ::3] = 0
     lower[1, ::2] = 0
     upper[2, ::3] = 0
@@ -116,7 +116,8 @@ def test_scales_of_everything(size, side):
 
 
 @pytest.mark.parametrize(
-    ("size", "radius"), [(1e160, 1.0), (1e20, 1e-160), (1.0, 1e-170), (1e160, 1e-160), (1e-170, 1.0)]
+    ("size", "radius"),
+    [(1e160, 1.0), (1e20, 1e-160), (1.0, 1e-170), (1e160, 1e-160), (1e-170, 1.0)],
 )
 def test_squares_out_of_range_do_not_lower_the_value(size, radius):
     w = torch.tensor([[[size, 0.0]]])

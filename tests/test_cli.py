@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
 
 from lipcert import cli, commands, evaluate, recipes, smallest, tables
 from lipcert import run as runs
+from lipcert.attacking import refuted
 from lipcert.bound_table import BoundRow, BoundTable, LayerRow
+from lipcert.inequality import Inequality
 from lipcert.recipe import override
 
 VERBS = ["attack", "bound", "certify", "demo", "recipes", "report", "train"]
@@ -301,7 +305,7 @@ def test_what_does_not_go_with_a_run_is_refused(capsys, run_folder, tmp_path):
 
 def test_an_unknown_bound_is_refused(capsys, run_folder):
     assert "product" in refused(capsys, "certify", run_folder, "--bound", "magic")
-    assert "liplt" in refused(capsys, "bound", run_folder, "--bound", "magic")
+    assert "local-liplt" in refused(capsys, "bound", run_folder, "--bound", "magic")
 
 
 DEEP = """
@@ -390,6 +394,105 @@ def test_certificates_of_each_bound(bound, run_folder, capsys):
     assert [row["bound"] for row in kept["bounds"]] == shown
     rows = evaluate.read_certificates(runs.open_run(run_folder))
     assert rows.schema.metadata[b"bound"] == bound.encode()
+
+
+@pytest.fixture(scope="module")
+def relu_run(tmp_path_factory):
+    """A run whose network has units that a ball keeps constant; its weights are random."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    run = runs.create(tmp_path_factory.mktemp("runs") / "relu", recipes.get("crm-digits"))
+    net = run.recipe.model(in_shape=(1, 8, 8), classes=10)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if name.endswith("bias"):
+                p.uniform_(-0.3, 0.1)
+    runs.save_model(run, net, (1, 8, 8), tuple("0123456789"))
+    return run
+
+
+def test_certificates_of_local_bounds(relu_run, own_attacks_only, capsys, tmp_path):
+    eps = ["--eps", "1/20", "--eps", "0.1"]
+    assert call("certify", relu_run.folder, *eps) == 0
+    auto = evaluate.read_certificates(relu_run).to_pydict()
+    assert set(auto["proved_by"]) <= {"auto", ""}
+    assert not relu_run.path("locality.json").exists()
+    capsys.readouterr()
+
+    local = ("certify", relu_run.folder, "--bound", "local-product", *eps)
+    assert call(*local) == 0
+    shown = capsys.readouterr().out
+    assert "What local-product gains at 1/20" in shown
+    summary = relu_run.read_json("summary.json", "")
+    assert summary["bound"] == "local-product"
+    assert summary["kind"] == "upper"
+    found = evaluate.read_certificates(relu_run).to_pydict()
+    gains = [a / b for a, b in zip(found["radius"], auto["radius"], strict=True) if b > 0]
+    assert min(gains) >= 1
+    assert max(gains) > 1.01
+    for by, a, b in zip(found["proved_by"], found["radius"], auto["radius"], strict=True):
+        better = a > b * (1 + 1e-9)
+        assert by in ({"local-product@1/20", "local-product@0.1"} if better else {"auto", ""})
+        assert (by == "") == (a == 0)
+
+    said = relu_run.read_json("locality.json", "")
+    assert said["cra"]["all"] == summary["cra"]["1/20"]
+    assert said["proved_by"] == dict(Counter(found["proved_by"]).most_common())
+    assert len(said["layers"]) == 3
+    assert said["median_local"] < said["median_global"]
+    rows = evaluate.read_local_rows(relu_run, "")
+    assert float(rows.local_constant.quantile(0.5)) == said["median_local"]
+    assert rows.proved["all"].tolist() == found["robust@1/20"]
+    kept = relu_run.read_json("bound.json", "")["bounds"]
+    labels = ["product", "liplt", "local-product, median of 32 samples in balls of 1/20"]
+    assert [row["bound"] for row in kept] == labels
+
+    assert call("attack", relu_run.folder, "--samples", 40, "--steps", 10, "--restarts", 2) == 0
+    assert "0 predictions changed" in capsys.readouterr().out
+    assert call("attack", relu_run.folder, "--inequality", *QUICK) == 0
+    page = tmp_path / "page.html"
+    assert call("report", relu_run.folder, "--out", page) == 0
+    assert "Around each image" in page.read_text()
+
+    assert call("certify", relu_run.folder) == 0
+    assert not relu_run.path("locality.json").exists()  # it spoke of the earlier certificates
+    assert not relu_run.path("locality.parquet").exists()
+
+
+def test_slopes_seen_elsewhere_do_not_refute_a_local_certificate():
+    ones = np.ones(2)
+    below, far = np.array([0.9, 1.0]), np.full(2, np.inf)
+    seen, found = Inequality(ones, below, ones, far, ("", ""), {}), ("pgd", "pgd")
+    attacked = Inequality(ones, ones, ones, below, found, {})
+    for bound in ("auto", "product", "liplt"):
+        assert refuted(seen, bound).tolist() == [True, False]
+    for bound in ("local-product", "local-liplt"):
+        assert refuted(seen, bound).tolist() == [False, False]
+        assert refuted(attacked, bound).tolist() == [True, False]
+
+
+def test_local_bounds_in_the_table(relu_run, deep, capsys):
+    names = ("--bound", "local-product", "--bound", "product")
+    _, rows = bounds_of(capsys, relu_run.folder, *names)
+    label = "{}, median of 32 samples in balls of {}".format
+    assert list(rows) == [label("local-product", relu_run.recipe.radii[0]), "product"]
+    net = [f"{deep}:make", "--input-shape", 6, "--bound", "local-liplt"]
+    assert list(bounds_of(capsys, *net, "--eps", "1/8")[1]) == [label("local-liplt", "1/8")]
+    assert "--eps" in refused(capsys, "bound", *net)
+    assert call("bound", relu_run.folder, *names) == 0
+    assert "local-product," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("eps", ["0", "-1", "x", "inf"])
+def test_a_bad_radius_of_local_bounds_is_refused(eps, capsys, relu_run):
+    for verb in ("bound", "certify"):
+        words = (verb, relu_run.folder, "--bound", "local-product", f"--eps={eps}")
+        assert "eps" in refused(capsys, *words)
+    assert "eps" in refused(capsys, "bound", relu_run.folder, f"--eps={eps}")
+
+
+def test_a_radius_without_a_local_bound_is_refused(capsys, relu_run):
+    assert "local-product" in refused(capsys, "bound", relu_run.folder, "--eps", "0.1")
 
 
 def test_nan_weights_are_refused(capsys, tmp_path):

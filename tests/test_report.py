@@ -23,6 +23,7 @@ from lipcert.bound_table import BoundRow, BoundTable, LayerRow
 from lipcert.data import Split, load
 from lipcert.errors import LipcertError
 from lipcert.inequality import RADII
+from lipcert.locality import ConstantUnits, Locality, Part
 from lipcert.recipe import Published, override
 from lipcert.report import write_report
 from lipcert.report.markup import Html, number, percent, rounded_down, tag
@@ -167,6 +168,29 @@ def add_bound(run, name="0+1", bound="liplt"):
     )
     table = BoundTable(bounds, 3.0, layers)
     run.write_json("bound.json", dataclasses.asdict(table))
+
+
+def add_locality(run, radius="0.5", **changes):
+    """locality.json and locality.parquet of a run whose bound is made local."""
+    summary = run.read_json("summary.json", "") | {"bound": "local-product"}
+    run.write_json("summary.json", summary)
+    table = pyarrow.parquet.read_table(run.path("certificates.parquet"))
+    n = table.num_rows
+    proved = {part: np.array(table[f"robust@{radius}"]) for part in Part}
+    for place, part in enumerate(Part):
+        proved[part] &= np.arange(n) >= len(Part) - 1 - place
+    right = np.equal(table["label"], table["prediction"])
+    constants = np.linspace(1, 2, n)
+    columns = {"rival": np.zeros(n, int), "global_constant": 4 * constants}
+    columns |= {"local_constant": constants}
+    columns |= {f"proved@{part}": ok for part, ok in proved.items()}
+    pyarrow.parquet.write_table(pyarrow.table(columns), run.path("locality.parquet"))
+    layers = (ConstantUnits("relu one", 0.25), ConstantUnits("relu two", 0.125))
+    cra = {str(part): float((ok & right).mean()) for part, ok in proved.items()}
+    by = {"auto": 5, "local-product@0.5": n - 6, "": 1}
+    found = Locality("local-product", radius, n, cra, layers, 6.0, 1.5, by)
+    run.write_json("locality.json", dataclasses.asdict(found) | changes)
+    return run
 
 
 def add_metrics(run, validation=True):
@@ -380,6 +404,57 @@ def test_the_inequality_is_shown_if_it_was_measured(tmp_path):
     assert page_of(run).text != page.text
 
 
+def test_what_a_local_bound_gains_is_shown(tmp_path):
+    run = make_run(tmp_path / "a", n=40, radius=np.linspace(0.9, 0.45, 40))
+    assert "Around each image" not in page_of(run).text
+    said = add_locality(run).read_json("locality.json", "")
+    page = page_of(run)
+    assert "Around each image" in page.text
+    rows = page.table("CRA at 0.5")
+    assert len({row[1] for row in rows}) > 1
+    medians = {Part.GLOBAL: "6.000", Part.CONSTANTS: "1.500"}
+    assert rows == [[p.words, percent(said["cra"][p]), "", medians.get(p, "")] for p in Part]
+    assert page.table("Units constant in the ball") == [
+        *(["relu one", percent(0.25), ""], ["relu two", percent(0.125), ""])
+    ]
+    assert "auto 5, local-product@0.5 34, none 1." in page.text
+    assert "Local bound" in page.text
+    assert page.commands[1][4:6] == ["local-product", "--eps"]
+    figures = sum(a.get("class") == "plot" for _, a in page.tags)
+    add_locality(run, layers=[])
+    page = page_of(run)
+    assert "no elementwise activations" in page.text
+    assert sum(a.get("class") == "plot" for _, a in page.tags) == figures == 2
+
+
+def test_a_local_bound_is_never_shown_as_the_constant_of_the_network(tmp_path):
+    run = make_run(tmp_path / "a")
+    add_bound(run)
+    table = run.read_json("bound.json", "")
+    label = "local-product, median of 32 samples in balls of 0.5"
+    local = BoundRow(label, "upper", 0.1, 1.0, 0.2, None, None, None, 0.5)
+    table["bounds"].append(dataclasses.asdict(local))
+    run.write_json("bound.json", table)
+    page = page_of(run)
+    assert "Lipschitz constant (liplt, upper)5.000" in page.text
+    row = next(row for row in page.table("Over sampled") if row[0] == label)
+    assert row[:4] == [label, "1.000", "0.200", "–"]
+    assert "bound nothing globally" in page.text
+
+
+def test_slopes_seen_elsewhere_do_not_refute_local_certificates(tmp_path):
+    run = make_run(tmp_path / "a", radius=np.full(12, 0.5))
+    add_inequality(run)
+    table = pyarrow.parquet.read_table(run.path("inequality.parquet"))
+    place = table.column_names.index("sampled_global")
+    lower = pyarrow.compute.multiply(table["certified"], 0.9)
+    table = table.set_column(place, "sampled_global", lower)
+    pyarrow.parquet.write_table(table, run.path("inequality.parquet"))
+    assert page_of(run).banners
+    add_locality(run)
+    assert not page_of(run).banners
+
+
 def test_a_refuted_certificate_is_an_error_on_the_page(tmp_path):
     run = make_run(tmp_path / "a", radius=np.full(12, 0.5))
     add_inequality(run, found=np.full(8, 0.4))
@@ -541,7 +616,7 @@ def inequality_of_others(run):
     pyarrow.parquet.write_table(table.set_column(place, "radius", radius), path)
 
 
-CERTIFY, ATTACK = "lipcert certify ", "lipcert attack "
+CERTIFY, ATTACK, LOCALLY = "lipcert certify ", "lipcert attack ", "--bound local-product"
 EFFORT = {"samples": 12, "steps": 1, "restarts": 1, "seed": 0}
 
 
@@ -595,12 +670,20 @@ EFFORT = {"samples": 12, "steps": 1, "restarts": 1, "seed": 0}
             "attack.json",
             ATTACK,
         ),
+        (written("locality.json", b"{"), "locality.json", LOCALLY),
+        (changed("locality.json", cra=None), "locality.json", LOCALLY),
+        (changed("locality.json", cra={"all": 0.5}), "locality.json", LOCALLY),
+        (changed("locality.json", eps="36/255"), "locality.json", LOCALLY),
+        (changed("locality.json", bound="local-liplt"), "locality.json", LOCALLY),
+        (changed("locality.json", samples=11), "locality.json", LOCALLY),
+        (lambda run: run.path("locality.parquet").unlink(), "locality.parquet", LOCALLY),
+        (written("locality.parquet", b"PAR1"), "locality.parquet", LOCALLY),
         (written("metrics.jsonl", b"{}\n"), "line 1", "lipcert train lmt-digits"),
         (changed("recipe.json", versions=None), "recipe.json", "lipcert train lmt-digits"),
     ],
 )
 def test_broken_files_are_named_with_the_command_that_makes_them(tmp_path, break_it, file, command):
-    run = complete(make_run(tmp_path / "a"))
+    run = add_locality(complete(make_run(tmp_path / "a")))
     out = write_report([run], tmp_path / "report.html")
     before = out.read_bytes()
     break_it(run)

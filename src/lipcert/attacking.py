@@ -1,18 +1,22 @@
 """Attacking a trained network, and the files that go with it: attack.json, inequality.parquet."""
 
+import dataclasses
 import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from lipcert import evaluate
 from lipcert.adversary import pgd
+from lipcert.bound_table import LOCAL
 from lipcert.data import Dataset
 from lipcert.errors import LipcertError
 from lipcert.external_attacks import AttackName, autoattack, carlini_wagner, deepfool
@@ -192,6 +196,7 @@ def inequality_run(
         on_batch=on_batch,
     )
     write_atomically(run.path("inequality.parquet"), _parquet(result))
+    bound = (table.schema.metadata or {}).get(b"bound", b"").decode()
     crossed = int((result.smallest_perturbation < result.sampled_local).sum())
     return {
         "samples": len(result),
@@ -199,8 +204,24 @@ def inequality_run(
         "medians": _plain(result.medians()),
         "ratios": _plain(result.ratios()),
         "perturbations_below_sampled_local": crossed,
-        "refuted": int(result.refuted().sum()),
+        "refuted": int(refuted(result, bound).sum()),
     }
+
+
+def refuted(inequality: Inequality, bound: str) -> Bool[np.ndarray, " n"]:
+    """Which certificates are contradicted by what was found or, if they are global, seen.
+
+    A local bound may well prove more than slopes allow that were seen outside its ball; only a
+    perturbation refutes it.
+
+    Args:
+        inequality: The radii side by side.
+        bound: The name of the bound behind the certificates.
+    """
+    if bound in LOCAL:
+        nothing_seen = np.full_like(inequality.sampled_global, np.inf)
+        inequality = dataclasses.replace(inequality, sampled_global=nothing_seen)
+    return inequality.refuted()
 
 
 def _plain(numbers: dict[str, float]) -> dict[str, float | None]:

@@ -16,18 +16,29 @@ from lipcert.bounds.tightest import least, tightest_pairs
 from lipcert.errors import LipcertError
 from lipcert.graph import Graph, Node
 from lipcert.kinds import Constant
+from lipcert.radii import parse_radius
+from lipcert.region import L2Ball
 
 
 class BoundName(StrEnum):
-    """Bounds by the name typed on the command line."""
+    """Bounds by the name typed on the command line; the last ones hold around samples only."""
 
     AUTO = "auto"
     PRODUCT = "product"
     LIPLT = "liplt"
+    LOCAL_PRODUCT = "local-product"
+    LOCAL_LIPLT = "local-liplt"
+
+
+LOCAL = (BoundName.LOCAL_PRODUCT, BoundName.LOCAL_LIPLT)
 
 
 def make_bound(name: BoundName, graph: Graph) -> Bound:
-    """The bound of this name, with true norms. `auto` is the tightest of what is cheap."""
+    """The global bound of this name, with true norms. `auto` is the tightest of what is cheap.
+
+    Raises:
+        LipcertError: The name is that of a local bound.
+    """
     match name:
         case BoundName.AUTO:
             return tightest(Product(graph), LipLT(graph))
@@ -35,21 +46,26 @@ def make_bound(name: BoundName, graph: Graph) -> Bound:
             return Product(graph)
         case BoundName.LIPLT:
             return LipLT(graph)
+    raise LipcertError(
+        f"{name} holds in balls around samples: build it with a region, e.g. "
+        "lc.Product(graph, region=lc.L2Ball(0.1))."
+    )
 
 
 @dataclass(frozen=True)
 class BoundRow:
-    """What one bound says.
+    """What one bound says; of a local bound the medians over samples, which bound nothing globally.
 
     Attributes:
-        bound: Its name.
+        bound: Its name, of a local one with the samples and balls.
         kind: What it claims.
         seconds: How long it took.
         lipschitz: Constant of the whole logit vector.
-        ratio: The same over the least of the table.
+        ratio: The same over the least global one of the table (the least of all if there is none).
         smallest_pair: The least constant of a difference of two logits; None without logits.
         median_pair: Their median.
         largest_pair: The largest.
+        eps: Radius of the balls of a local bound; None for a global one.
     """
 
     bound: str
@@ -60,6 +76,7 @@ class BoundRow:
     smallest_pair: float | None
     median_pair: float | None
     largest_pair: float | None
+    eps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,7 @@ class BoundTable:
 
     Attributes:
         bounds: One row a bound.
-        sampled_lower_bound: Largest Jacobian norm of the logits seen: no bound can be below.
+        sampled_lower_bound: Largest Jacobian norm of the logits seen: no global bound can be below.
         layers: The product bound layer by layer.
     """
 
@@ -104,22 +121,44 @@ class BoundTable:
 
     @property
     def best(self) -> BoundRow:
-        """The bound with the least constant of the logit vector."""
-        return min(self.bounds, key=lambda row: row.lipschitz)
+        """The bound with the least constant of the logit vector, a global one if there is any."""
+        return min(self.bounds, key=lambda row: (row.eps is not None, row.lipschitz))
 
 
 def bound_table(
-    names: Sequence[BoundName], graph: Graph, x: Float[Tensor, "n ..."], steps: int = 10
+    names: Sequence[BoundName],
+    graph: Graph,
+    x: Float[Tensor, "n ..."],
+    eps: str | None = None,
+    steps: int = 10,
 ) -> BoundTable:
     """Evaluates bounds and looks, layer by layer, where the product bound is loose.
 
     Args:
         names: Which bounds.
         graph: The traced network.
-        x: Points at which Jacobian norms are sampled.
+        x: Points at which Jacobian norms are sampled, and around which local bounds are taken.
+        eps: Radius of the balls of local bounds, as text.
         steps: Power iterations a sample.
+
+    Raises:
+        LipcertError: A local bound is asked for without a radius.
     """
-    return tabulated(names, evaluated(names, graph), graph, x, steps)
+    local = [name for name in names if name in LOCAL]
+    if not local:
+        return tabulated(names, evaluated(names, graph), graph, x, steps)
+    if eps is None:
+        raise LipcertError(
+            f"{local[0]} holds in balls around samples: say how large they are, e.g. --eps 36/255."
+        )
+    region = L2Ball(parse_radius(eps))
+    product, liplt = Product(graph, region=region), LipLT(graph, region=region)
+    with product.held(), liplt.held():
+        found = evaluated(names, graph, product, liplt)
+        for name in local:
+            bound = product if name is BoundName.LOCAL_PRODUCT else liplt
+            found[name] = evaluated_around(bound, x, eps)
+    return tabulated(names, found, graph, x, steps)
 
 
 @dataclass(frozen=True)
@@ -127,35 +166,49 @@ class Evaluated:
     """The numbers of a bound.
 
     Attributes:
-        lipschitz: Of the whole logit vector.
+        lipschitz: Of the whole logit vector; `(b,)` around samples.
         pairs: Of all pairs of logits; None for a network whose output is no vector of logits.
         layers: Of the product bound, node by node; empty for other bounds.
         seconds: How long it took.
+        eps: Radius of the balls of a local bound, as text; None for a global one.
     """
 
     lipschitz: Constant
     pairs: MarginConstants | None
     layers: list[Layer]
     seconds: float
+    eps: str | None = None
 
 
-def evaluated(names: Sequence[BoundName], graph: Graph) -> dict[BoundName, Evaluated]:
-    """Bounds by name with true norms, each norm of a method computed once.
+def evaluated(
+    names: Sequence[BoundName],
+    graph: Graph,
+    product: Product | None = None,
+    liplt: LipLT | None = None,
+) -> dict[BoundName, Evaluated]:
+    """Global bounds by name with true norms, each norm of a method computed once.
 
     The product bound is always there, as it explains the layers.
+
+    Args:
+        names: Which; local ones are passed over.
+        graph: The traced network.
+        product: The product bound to ask, so that norms that it holds are not computed again. It
+            may be a local one: what it says of the network everywhere is taken.
+        liplt: The same for LipLT.
     """
     graph.check(graph.model)
-    logits = len(graph.output.shape) == 1 and graph.output.shape[0] > 1
+    logits = _has_logits(graph)
     found: dict[BoundName, Evaluated] = {}
     with torch.no_grad():
         begin = time.perf_counter()
-        product = Product(graph)
+        product = Product(graph) if product is None else product
         layers, pairs = product.explained() if logits else (product.layers(), None)
         seconds = time.perf_counter() - begin
         found[BoundName.PRODUCT] = Evaluated(layers[-1].prefix, pairs, layers, seconds)
         if BoundName.LIPLT in names or BoundName.AUTO in names:
             begin = time.perf_counter()
-            liplt = LipLT(graph)
+            liplt = LipLT(graph) if liplt is None else liplt
             prefixes, pairs = liplt.explained() if logits else (liplt.prefixes(), None)
             seconds = time.perf_counter() - begin
             found[BoundName.LIPLT] = Evaluated(prefixes[graph.output], pairs, [], seconds)
@@ -171,6 +224,19 @@ def evaluated(names: Sequence[BoundName], graph: Graph) -> dict[BoundName, Evalu
     return found
 
 
+def evaluated_around(bound: Product | LipLT, x: Float[Tensor, "b ..."], eps: str) -> Evaluated:
+    """A local bound in balls of radius `eps` around some samples, all at once."""
+    begin, radius = time.perf_counter(), parse_radius(eps)
+    with torch.no_grad(), bound.held():
+        pairs = bound(x, eps=radius) if _has_logits(bound.graph) else None
+        lipschitz = bound.lipschitz(x, eps=radius)
+    return Evaluated(lipschitz, pairs, [], time.perf_counter() - begin, eps)
+
+
+def _has_logits(graph: Graph) -> bool:
+    return len(graph.output.shape) == 1 and graph.output.shape[0] > 1
+
+
 def tabulated(
     names: Sequence[BoundName],
     found: Mapping[BoundName, Evaluated],
@@ -181,20 +247,39 @@ def tabulated(
     """The table of bounds that are evaluated already, see `bound_table`."""
     layers = found[BoundName.PRODUCT].layers
     sampled = {n.node: _sampled(graph, n.node, x, steps) for n in layers}
-    smallest = min(float(found[name].lipschitz) for name in names)
+    reference = [name for name in names if name not in LOCAL] or names
+    smallest = min(_whole(found[name]) for name in reference)
     rows = [_row(name, found[name], smallest) for name in names]
     return BoundTable(tuple(rows), sampled[graph.output], tuple(_explained(layers, sampled)))
 
 
+@torch.no_grad()
 def _row(name: BoundName, bound: Evaluated, smallest: float) -> BoundRow:
-    ends: list[float | None] = [None] * 3
+    label, eps = str(name), None if bound.eps is None else parse_radius(bound.eps)
+    smallest_pair = median_pair = largest_pair = None
     if bound.pairs is not None:
-        pairs = bound.pairs.dense()[0]
+        pairs = _median(bound.pairs.dense())
         pairs = pairs[~torch.eye(len(pairs), dtype=torch.bool, device=pairs.device)]
-        ends = [float(pairs.min()), float(pairs.median()), float(pairs.max())]
-    whole = float(bound.lipschitz)
-    ratio = _ratio(whole, smallest)
-    return BoundRow(str(name), str(bound.lipschitz.kind), bound.seconds, whole, ratio, *ends)
+        smallest_pair, median_pair = float(pairs.min()), float(pairs.median())
+        largest_pair = float(pairs.max())
+    if bound.eps is not None:
+        label += f", median of {len(bound.lipschitz.value)} samples in balls of {bound.eps}"
+    whole = _whole(bound)
+    return BoundRow(
+        *(label, str(bound.lipschitz.kind), bound.seconds, whole, _ratio(whole, smallest)),
+        *(smallest_pair, median_pair, largest_pair, eps),
+    )
+
+
+def _whole(bound: Evaluated) -> float:
+    """The constant of the logit vector, of a local bound the median over the samples."""
+    return float(_median(bound.lipschitz.value.detach().reshape(-1)))
+
+
+def _median(values: Float[Tensor, "b ..."]) -> Float[Tensor, "..."]:
+    """Over the first dimension, the mean of the middle two where their number is even."""
+    ordered = values.sort(0).values
+    return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
 
 
 def _explained(layers: list[Layer], sampled: dict[Node, float]) -> list[LayerRow]:

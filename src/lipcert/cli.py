@@ -31,7 +31,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Eps = Annotated[
     list[str] | None, typer.Option(metavar="RADIUS", help="L2 radius, e.g. 36/255; repeatable.")
 ]
-Bound = Annotated[str, typer.Option(help="Which bound: auto (the tightest), product or liplt.")]
+Bound = Annotated[
+    str,
+    typer.Option(
+        help="Which bound: auto (the tightest global one), product, liplt; around each sample too: "
+        "local-product, local-liplt."
+    ),
+]
 
 
 def _version(wanted: bool | None) -> None:
@@ -113,13 +119,20 @@ def bound(
     bounds: Annotated[
         list[str] | None, typer.Option("--bound", help="Which bounds; repeatable [product, liplt].")
     ] = None,
+    eps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RADIUS", help="L2 balls of local bounds [the recipe's first radius]."
+        ),
+    ] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Table of Lipschitz bounds: constants, kind, time, and which layer is loose."""
     from lipcert import commands
 
-    commands.bound(target, weights, input_shape, bounds or ["product", "liplt"], device, as_json)
+    names = bounds or ["product", "liplt"]
+    commands.bound(target, weights, input_shape, names, eps, device, as_json)
 
 
 @app.command()
@@ -138,7 +151,7 @@ def certify(
     """Certify every test sample: one row each, and the summary."""
     from lipcert import commands
 
-    commands.certify(run, eps or [], bound, data, out, batch_size or 512, device, as_json)
+    commands.certify(run, eps or [], bound, data, out, batch_size, device, as_json)
 
 
 @app.command()

@@ -15,20 +15,19 @@ from lipcert import run as runs
 from lipcert import train as training
 from lipcert.attack_command import attack_at, fail_on_flips
 from lipcert.attacking import Effort
-from lipcert.bound_table import BoundName, bound_table
+from lipcert.bound_table import LOCAL, BoundName, bound_table
 from lipcert.data import Dataset, Split, load
 from lipcert.errors import LipcertError
 from lipcert.external_attacks import AttackName
 from lipcert.files import write_atomically
 from lipcert.graph import Graph
 from lipcert.progress import progress
+from lipcert.radii import parse_radius
 from lipcert.recipe import override, settings
 from lipcert.report import write_report
 from lipcert.run import Run
 from lipcert.targets import bound_name, check_device, make_network, open_trained, parse_shape
 from lipcert.tracing import trace
-
-SAMPLED = 32  # points at which the bound table samples Jacobian norms
 
 
 def show_recipes(name: str | None, as_json: bool) -> None:
@@ -110,11 +109,19 @@ def bound(
     weights: Path | None,
     input_shape: str | None,
     names: list[str],
+    eps: str | None,
     device: str,
     as_json: bool,
 ) -> None:
     """`lipcert bound`."""
     chosen = [bound_name(name) for name in dict.fromkeys(names)]
+    if eps is not None:
+        parse_radius(eps)
+        if not set(chosen) & set(LOCAL):
+            raise LipcertError(
+                f"--eps {eps} is the radius of the balls of local bounds; global ones have none. "
+                f"Add --bound {LOCAL[0]}, or leave --eps out."
+            )
     if ":" in target and not Path(target).exists():
         if input_shape is None:
             raise LipcertError(f"{target}: give --input-shape, e.g. --input-shape 3,32,32.")
@@ -125,7 +132,7 @@ def bound(
             runs.load_weights(net, weights)
         graph = trace(net, shape)
         generator = torch.Generator().manual_seed(0)
-        x = torch.rand((SAMPLED, *shape), generator=generator)
+        x = torch.rand((evaluate.SAMPLED, *shape), generator=generator)
         like = next(net.parameters(), x)
         x = x.to(like.device, like.dtype)
     else:
@@ -135,10 +142,11 @@ def bound(
                 "which has its own."
             )
         run, net, graph = open_trained(Path(target), device)
+        eps = eps or run.recipe.radii[0]
         data = load(run.recipe.data, Split.EVALUATION)
-        x = data.pixels(slice(SAMPLED), device)
+        x = data.pixels(slice(evaluate.SAMPLED), device)
     with progress("bound", 1) as advance:
-        result = bound_table(chosen, graph, x)
+        result = bound_table(chosen, graph, x, eps)
         advance(1)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result), indent=2))
@@ -152,7 +160,7 @@ def certify(
     bound: str,
     data_source: str | None,
     out: Path | None,
-    batch_size: int,
+    batch_size: int | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -176,6 +184,8 @@ def certify(
         typer.echo(json.dumps(summary, indent=2))
     else:
         tables.show_summary(summary)
+        if name in LOCAL:
+            tables.show_locality(run.read_json("locality.json", f"lipcert certify {folder}"))
         typer.echo(f"One row a sample: {out or run.path('certificates.parquet')}")
 
 
@@ -186,7 +196,7 @@ def _certify(
     data: Dataset,
     name: BoundName,
     radii: tuple[str, ...],
-    batch_size: int,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     with progress("certify", len(data)) as advance:
         return evaluate.certify_run(
@@ -215,12 +225,12 @@ def demo(out: Path) -> None:
     run, net, graph = open_trained(out, "cpu")
     test = load(recipe.data, Split.EVALUATION)
     auto = BoundName.AUTO
-    summary = _certify(run, net, graph, test, auto, recipe.radii, 512)
+    summary = _certify(run, net, graph, test, auto, recipe.radii)
     effort = Effort(steps=50, restarts=5, samples=None, seed=0, batch_size=512)
     attack_at(run, net, test, AttackName.PGD, list(recipe.radii), effort)
     results = attack_at(run, net, test, AttackName.PGD, [], effort)
     both = [BoundName.PRODUCT, BoundName.LIPLT]
-    tables.show_bounds(bound_table(both, graph, test.pixels(slice(SAMPLED))))
+    tables.show_bounds(bound_table(both, graph, test.pixels(slice(evaluate.SAMPLED))))
     tables.show_summary(summary, results)
     fail_on_flips(results)
     report([out], None)

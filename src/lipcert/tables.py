@@ -9,6 +9,7 @@ from rich.table import Column, Table
 
 from lipcert.bound_table import BoundTable
 from lipcert.kinds import Kind
+from lipcert.locality import Part
 from lipcert.recipe import Recipe, settings
 
 
@@ -106,7 +107,7 @@ def show_bounds(found: BoundTable) -> None:
             row.kind,
             _number(row.lipschitz),
             f"{row.ratio:#.4g}",
-            _loose(row.lipschitz, found.sampled_lower_bound),
+            _loose(row.lipschitz, found.sampled_lower_bound) if row.eps is None else "-",
             _number(row.median_pair),
             f"{row.seconds:.2f}",
         )
@@ -151,6 +152,28 @@ def show_summary(summary: dict[str, Any], attack: dict[str, Any] | None = None) 
     _print(f"Average certified radius {acr}, median {_number(summary['median_radius'])}.")
     if attack is not None:
         _print_inside(attack)
+
+
+def show_locality(locality: dict[str, Any]) -> None:
+    """What the local bound gains, and where the radii came from."""
+    eps = locality["eps"]
+    table = _table(
+        f"What {locality['bound']} gains at {eps}", "proved with", "certified accuracy", "K"
+    )
+    constants = {
+        Part.GLOBAL: locality["median_global"],
+        Part.CONSTANTS: locality["median_local"],
+    }
+    for part in Part:
+        constant = _number(constants[part]) if part in constants else ""
+        table.add_row(part.words, _percent(locality["cra"][part]), constant)
+    _print(table)
+    by = ", ".join(f"{name or 'none'} {n}" for name, n in locality["proved_by"].items())
+    _print("K: median constant of the predicted class against its rival.")
+    _print(f"Samples by the bound that proved their radius: {by}.")
+    layers = ", ".join(f"{row['name']} {_percent(row['share'])}" for row in locality["layers"])
+    if layers:
+        _print(f"Units that cannot change in the ball: {layers}.")
 
 
 def show_attack(results: dict[str, Any]) -> None:

@@ -97,6 +97,24 @@ def inequality_figure(inequality: Inequality) -> Html:
     return _inline(figure, "Certified, sampled and attacked radii of each image")
 
 
+def locality_figure(everywhere: Float[np.ndarray, " n"], around: Float[np.ndarray, " n"]) -> Html:
+    """Global and local constants of the images, each in increasing order.
+
+    On a log scale where they are far apart.
+    """
+    figure = Figure(figsize=(6.4, 2.8), layout="constrained")
+    ax = _axes(figure, 111, "images, each line in its own order, %", "constant")
+    for index, constants in enumerate((everywhere, around)):
+        y = np.sort(constants)[:: 1 + len(constants) // _FILLED]
+        ax.plot(100 * (np.arange(len(y)) + 1) / len(y), y, **_style(index))
+    if np.median(everywhere) > _FAR * np.median(around) and around.min() > 0:
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(0)
+    ax.set_xlim(0, 100)
+    return _inline(figure, "Global and local Lipschitz constants of each image")
+
+
 def _mark(ax: Axes, marks: dict[float, str], end: float) -> None:
     """Thin upright lines at the radii of interest, with their text where there is room."""
     last = -end

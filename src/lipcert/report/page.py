@@ -148,6 +148,7 @@ def _run(
     )
     parts = {
         "Accuracy by radius": join(sections.by_radius(r), curve or ""),
+        "Around each image": sections.locality(r),
         "How tight the certificates are": sections.inequality(r),
         "Beside the published numbers": sections.published(r),
         "Sample images": sections.images(r, data),

@@ -14,10 +14,11 @@ from jaxtyping import Bool, Float, Int
 from lipcert.attacking import read_inequality
 from lipcert.bound_table import BoundTable
 from lipcert.errors import LipcertError
-from lipcert.evaluate import read_certificates
+from lipcert.evaluate import read_certificates, read_local_rows
 from lipcert.external_attacks import AttackName
 from lipcert.inequality import Inequality
 from lipcert.kinds import Kind
+from lipcert.locality import Locality, LocalRows, Part
 from lipcert.radii import parse_radius
 from lipcert.report.typed import typed
 from lipcert.run import Run
@@ -148,6 +149,8 @@ class Results:
         bound: From bound.json, None without the file.
         epochs: From metrics.jsonl, None without the file.
         inequality: From inequality.parquet, None without the file; of the first samples.
+        locality: From locality.json, None without the file.
+        local_rows: From locality.parquet, None without locality.json.
     """
 
     run: Run
@@ -161,6 +164,8 @@ class Results:
     bound: BoundTable | None
     epochs: tuple[Epoch, ...] | None
     inequality: Inequality | None
+    locality: Locality | None = None
+    local_rows: LocalRows | None = None
 
     @property
     def right(self) -> Bool[np.ndarray, " n"]:
@@ -216,7 +221,7 @@ def read_results(run: Run) -> Results:
         ) from None
     _check_attack(results)
     _check_inequality(results)
-    return results
+    return _with_locality(results, certify)
 
 
 def _column(table: pyarrow.Table, name: str, kind: pyarrow.DataType) -> np.ndarray:
@@ -267,6 +272,29 @@ def _check_inequality(results: Results) -> None:
             f"{results.run.path('inequality.parquet')} is not of these certificates. Make it "
             f"again: lipcert attack {results.run.folder} --inequality."
         )
+
+
+def _with_locality(results: Results, certify: str) -> Results:
+    """With what the local bound gained, counted again from its rows."""
+    run, summary = results.run, results.summary
+    if not run.path("locality.json").exists():
+        return results
+    certify = f"{certify} --bound {summary.bound}"
+    found = _read(run, "locality.json", Locality, certify)
+    rows = read_local_rows(run, certify)
+    fits = (found.bound, found.samples) == (summary.bound, summary.samples)
+    fits &= len(rows.rival) == summary.samples and found.cra.keys() == set(Part)
+    fits = fits and all(
+        math.isclose(found.cra[part], (ok.numpy() & results.right).mean(), abs_tol=1e-9)
+        for part, ok in rows.proved.items()
+    )
+    same = math.isclose(found.cra.get(Part.ALL, -1), summary.cra.get(found.eps, -2), abs_tol=1e-9)
+    if not (fits and same):
+        raise LipcertError(
+            f"{run.path('locality.json')} and locality.parquet are not of these certificates. Make "
+            f"all again: {certify}."
+        )
+    return dataclasses.replace(results, locality=found, local_rows=rows)
 
 
 def _epochs(path: Path, made_by: str) -> tuple[Epoch, ...] | None:

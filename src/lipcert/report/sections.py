@@ -1,17 +1,24 @@
 """The sections of a report on one run; a section without anything to show is empty."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from lipcert.bound_table import BoundTable
 from lipcert.data import Dataset
 from lipcert.inequality import RADII
+from lipcert.locality import ConstantUnits, Part
 from lipcert.radii import parse_radius
 from lipcert.recipe import settings
 from lipcert.report import wording
-from lipcert.report.figures import inequality_figure, line_key, thumbnail, training_figure
+from lipcert.report.figures import (
+    inequality_figure,
+    line_key,
+    locality_figure,
+    thumbnail,
+    training_figure,
+)
 from lipcert.report.markup import Html, join, number, percent, rounded_down, table, tag
 from lipcert.report.results import Results
 
@@ -110,6 +117,43 @@ def inequality(r: Results) -> Html:
     )
 
 
+def locality(r: Results) -> Html:
+    """What a local bound gains, part by part; empty without locality.json."""
+    found, by_image = r.locality, r.local_rows
+    if found is None or by_image is None:
+        return Html()
+    medians = {Part.GLOBAL: found.median_global, Part.CONSTANTS: found.median_local}
+    rows = [
+        (
+            *(part.words, percent(found.cra[part]), _bar(found.cra[part], 0.0)),
+            number(medians[part]) if part in medians else "",
+        )
+        for part in Part
+    ]
+    head = ("Proved with", f"{wording.measure(r.summary.kind)} at {found.eps}", "")
+    keys = (
+        tag("li", line_key(0), "global constant"),
+        tag("li", line_key(1), f"constant around the image, in a ball of {found.eps}"),
+    )
+    counts = ", ".join(f"{name or 'none'} {count}" for name, count in found.proved_by.items())
+    constants = (c.numpy() for c in (by_image.global_constant, by_image.local_constant))
+    plot = tag("div", locality_figure(*constants), class_="scroll", tabindex="0")
+    return join(
+        table((*head, "Median constant"), rows, words=("",)),
+        tag("p", wording.LOCALITY_EXPLAINED, class_="note"),
+        tag("p", tag("strong", "Images by the bound that proved their radius: "), f"{counts}."),
+        tag("figure", tag("ul", *keys, class_="legend"), plot),
+        _constant_units(found.layers),
+    )
+
+
+def _constant_units(layers: Sequence[ConstantUnits]) -> Html:
+    if not layers:
+        return tag("p", wording.NO_CONSTANT_UNITS, class_="note")
+    rows = [(n.name, percent(n.share), _bar(n.share, 0.0)) for n in layers]
+    return table(("Layer", "Units constant in the ball", ""), rows, words=("",))
+
+
 def _bar(full: float, half: float) -> Html:
     style = f"--full: {100 * full:.1f}%; --half: {100 * half:.1f}%"
     return tag("span", class_="bar", style=style)
@@ -206,7 +250,9 @@ def layers(r: Results) -> Html:
     head = ("Layer", "Node", "Own constant", "Bound so far", "Sampled", "Looseness", "Share", "")
     whole = tag("p", wording.BOUNDS_EXPLAINED.format(number(b.sampled_lower_bound)))
     explained = tag("p", wording.LAYERS_EXPLAINED, class_="note")
-    return join(whole, _bounds(b), table(head, rows, words=("Node", "")), explained)
+    local = any(row.eps is not None for row in b.bounds)
+    note = tag("p", wording.LOCAL_BOUNDS_EXPLAINED, class_="note") if local else ""
+    return join(whole, _bounds(b), note, table(head, rows, words=("Node", "")), explained)
 
 
 def _bounds(b: BoundTable) -> Html:
@@ -216,7 +262,9 @@ def _bounds(b: BoundTable) -> Html:
             row.bound,
             number(row.lipschitz),
             number(row.ratio),
-            number(row.lipschitz / b.sampled_lower_bound) if b.sampled_lower_bound > 0 else "–",
+            number(row.lipschitz / b.sampled_lower_bound)
+            if b.sampled_lower_bound > 0 and row.eps is None
+            else "–",
             *(number(pair) for pair in (row.smallest_pair, row.median_pair, row.largest_pair)),
             row.kind,
             f"{row.seconds:.2f}",

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterable
 
 from lipcert import recipes
+from lipcert.attacking import refuted as refuted_by
 from lipcert.external_attacks import AttackName
 from lipcert.kinds import Kind
 from lipcert.recipe import settings
@@ -24,6 +25,11 @@ GLOSSARY = {
         "Average certified radius over all images; a wrong prediction counts as 0, also in the "
         "median radius."
     ),
+    "Local bound": (
+        "A bound that holds in a ball around one image only. Inside the ball many units stay "
+        "constant or within narrow limits, so it can be smaller than a global bound, which holds "
+        "everywhere. It says nothing beyond the ball."
+    ),
     "Upper side": (
         "Accuracy under attack: the part of the images that the strongest attack left right. True "
         "robust accuracy lies between the certified and the attacked."
@@ -36,7 +42,7 @@ GLOSSARY = {
 
 BOUNDS_EXPLAINED = (
     "Constants of the logit vector, and of the differences of two logits. The largest Jacobian "
-    "norm seen on images is {}: no bound can be below it."
+    "norm seen on images is {}: no global bound can be below it."
 )
 
 LAYERS_EXPLAINED = (
@@ -47,6 +53,24 @@ LAYERS_EXPLAINED = (
     "that this layer adds."
 )
 
+
+LOCAL_BOUNDS_EXPLAINED = (
+    "A local bound holds in balls around images; its row shows medians over a few of them, which "
+    "bound nothing globally and may be below the largest Jacobian norm."
+)
+
+LOCALITY_EXPLAINED = (
+    "Boxes say where each unit can be while the image stays in the ball; the worst last layer is "
+    "the largest fall of a margin over ball and box. Constants around an image leave out units "
+    "that cannot change in the ball; those of LipLT can be above the global ones. Median constant: "
+    "of the predicted class against its rival, the class against which the global constants prove "
+    "least."
+)
+
+NO_CONSTANT_UNITS = (
+    "This network has no elementwise activations such as ReLU, so no unit is known to be constant "
+    "in a ball."
+)
 
 _SAMPLED_EXPLAINED = {
     "sampled_global": (
@@ -134,7 +158,9 @@ def warnings(results: Results, of: str = "") -> Html:
             f"{inside.flipped} of {inside.attacked} predictions were changed inside their "
             f"{adjective(kind)} balls."
         )
-    refuted = 0 if results.inequality is None else int(results.inequality.refuted().sum())
+    found_inside = results.inequality
+    bound = results.summary.bound
+    refuted = 0 if found_inside is None else int(refuted_by(found_inside, bound).sum())
     if refuted:
         found.append(
             f"{refuted} of {len(results.inequality or ())} {adjective(kind)} radii are above the "
