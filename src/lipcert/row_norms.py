@@ -21,8 +21,8 @@ LARGEST_MATRIX = 2**22
 def row_norms(map: LinearMap) -> Float[Tensor, "..."] | None:
     """The norm of every row of the matrix of a map, or a number above it; cheap.
 
-    Exact for matrices and convolutions, at their borders too; above it for sums. Differentiable in the weights; the gradient of a row of zeros
-    is zero.
+    Exact for matrices and convolutions, at their borders too; above it for sums. Differentiable in
+    the weights; the gradient of a row of zeros is zero.
 
     Returns:
         A tensor that broadcasts to `out_shape`, with the precision and device of the weights; None
@@ -70,7 +70,7 @@ def _norms(rows: Float[Tensor, "m n"]) -> Float[Tensor, " m"]:
 
 
 def filter_norms(map: Conv) -> Float[Tensor, "out *ones"]:
-    """The norms of whole filters: of the rows that no border cuts, and above those of the others."""
+    """The norms of whole filters: of rows that no border cuts, and above those of others."""
     return _norms(map.weight.flatten(1)).reshape(-1, *(1,) * map.axes)
 
 
