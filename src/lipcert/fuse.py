@@ -4,9 +4,12 @@ Every rewriting keeps the function of the graph; a fused map is never looser tha
 its norm is exact.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from lipcert.graph import Affine, Concat, Node, Sum, topological
+from lipcert.kinds import Constant, weakest
 from lipcert.linear_kinds import identity
 from lipcert.linear_map import Add, Composition, LinearMap, Stack
 
@@ -47,7 +50,22 @@ def _chain(first: Node, then: Node) -> Node:
 
     has_bias = a.bias is not None or b.bias is not None
     name = "+".join(n for n in (first.name, then.name) if n)
-    return Node(Affine(map, bias if has_bias else None), first.inputs, then.shape, name)
+    op = Affine(map, bias if has_bias else None, _norm_of_chain(a, b))
+    return Node(op, first.inputs, then.shape, name)
+
+
+def _norm_of_chain(a: Affine, b: Affine) -> Callable[[], Constant] | None:
+    """The product of the norms that the layers know, where both know one."""
+    if a.norm is None or b.norm is None:
+        return None
+    first, then = a.norm, b.norm
+
+    def norm() -> Constant:
+        c, d = first(), then()
+        kind, failure = weakest((c.kind, d.kind)), min(1.0, c.failure + d.failure)
+        return Constant(c.value * d.value.to(c.value), kind, failure)
+
+    return norm
 
 
 def _push(map: LinearMap, value: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lipcert.errors import LipcertError
-from lipcert.kinds import Kind
+from lipcert.kinds import Constant, Kind
 from lipcert.linear_map import LinearMap, Shape
 
 Box = tuple[Tensor, Tensor]
@@ -32,10 +32,13 @@ class Affine:
     Attributes:
         map: Gives A with the weights as they are now.
         bias: Gives the bias, which broadcasts to the output's shape; None for no bias.
+        norm: Gives a proven bound on the L2 norm of A at little cost, for layers that are made with
+            one; None where a strategy has to find it.
     """
 
     map: Callable[[], LinearMap]
     bias: Callable[[], Tensor] | None = None
+    norm: Callable[[], Constant] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lipcert.bounds.affine_norm import affine_norm, known_norm
 from lipcert.bounds.ends import End, margins, single_logits
 from lipcert.bounds.local_ends import local_logits, local_margins
 from lipcert.bounds.local_product import LocalProduct, iterated_norms
@@ -268,11 +269,13 @@ class Product(Bound):
     def _whole(self, n: Node) -> Constant:
         """The norm of an affine node's map."""
         assert isinstance(n.op, Affine)
-        map = n.op.map()
         if not isinstance(self.norm, Iterative):
-            return self._once(n, lambda: self.norm(map))
+            op = n.op
+            return self._once(n, lambda: affine_norm(op, self.norm))
+        if self.region is None and (known := known_norm(n.op, self.norm)) is not None:
+            return known  # nothing to iterate for
         name = self._buffer_of[n]
-        map = simplify(map)
+        map = simplify(n.op.map())
         vectors = getattr(self, name).to(map.like)  # of the precision that the network has now
         constant, better = self.norm.refine(map, vectors)
         setattr(self, name, better)  # a fresh tensor: the old one may be in someone's graph

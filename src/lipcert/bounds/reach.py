@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
+from lipcert.bounds.affine_norm import affine_norm
 from lipcert.bounds.cover import circular_cover
 from lipcert.bounds.joint import joint_norm
 from lipcert.bounds.margin import device_of
@@ -146,8 +147,8 @@ def product_from(n: Node, reached: Reached, norm: Strategy) -> Constant:
     values = torch.stack([b.value.to(before[0].value) for b in before])
     failure = sum(b.failure for b in before)
     match n.op:
-        case Affine(map=map):
-            own = norm(map())
+        case Affine() as op:
+            own = affine_norm(op, norm)
             value = own.value.to(values) * values[0]
             kinds.append(own.kind)
             failure += own.failure

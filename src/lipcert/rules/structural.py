@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Concat, Input, Node, node
+from lipcert.kinds import Constant, Kind
 from lipcert.linear_kinds import Index, identity
 from lipcert.linear_map import LinearMap
 from lipcert.rules.registry import Key, Live, refuse, rule
@@ -38,7 +39,10 @@ def copying(fn: Callable[[Tensor], Tensor], x: Node) -> Affine:
     first = moved[0]
     if len(moved) != BATCH or not torch.equal(moved[1], first + size * (first > 0)):
         raise LipcertError("it mixes the samples of the batch; keep the first axis as it is")
-    return fixed(Index(x.shape, tuple(first.shape), first - 1))
+    index = Index(x.shape, tuple(first.shape), first - 1)
+    norm = math.sqrt(int(index.copies().max())) if index.in_size else 0.0
+    known = Constant(torch.tensor(norm, dtype=torch.float64), Kind.UPPER)
+    return Affine(lambda: index, norm=lambda: known)
 
 
 @rule(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
