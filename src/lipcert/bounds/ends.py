@@ -40,7 +40,10 @@ def margins(classes: int, ends: Sequence[End], p: float) -> MarginConstants:
         ]
         return torch.stack(terms).sum(0)
 
-    return MarginConstants(row, classes, *_claim(ends), p=p)
+    def alone() -> Float[Tensor, " c"]:
+        return single_logits(classes, ends, p).value
+
+    return MarginConstants(row, classes, *_claim(ends), p=p, alone=alone)
 
 
 def single_logits(classes: int, ends: Sequence[End], p: float) -> Constant:

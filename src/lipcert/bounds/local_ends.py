@@ -105,6 +105,7 @@ def local_margins(
         *(row, classes, kind, failure, len(around.radii), around.radii),
         drop=drop,
         around=around,
+        alone=lambda: local_logits(ends).value,
     )
 
 
@@ -112,7 +113,7 @@ def local_logits(ends: Sequence[LocalEnd]) -> Constant:
     """The constants of the single logits around each sample; `value` has shape `(b, classes)`."""
     terms = []
     for end in ends:
-        rows = end.rows if end.rows.ndim == 3 else end.rows[None]
+        rows = end.rows.expand(len(end.reached.value), *end.rows.shape[-2:])
         norms = torch.linalg.vector_norm(end.changing(rows), dim=-1)
         terms.append(norms * end.reached.value[:, None])
     return Constant(torch.stack(terms).sum(0), *_claim(ends))

@@ -109,12 +109,12 @@ class LocalLipLT:
 
     def _matrices(self, n: Node) -> dict[Node, Float[Tensor, "b rows n"]]:
         """The maps from every source to a node as matrices, one a sample."""
-        like = self._like
-        rows = torch.eye(math.prod(n.shape), dtype=like.dtype, device=like.device)
-        rows = rows.repeat_interleave(len(like), 0).reshape(-1, *n.shape)
+        like, size = self._like, math.prod(n.shape)
+        rows = torch.eye(size, dtype=like.dtype, device=like.device)
+        rows = rows.repeat_interleave(len(like), 0).reshape(size * len(like), *n.shape)
         found = rows_at_sources(self._graph, n, rows, self._steps_upto(n))
         return {
-            s: matrix.reshape(-1, len(like), math.prod(s.shape)).transpose(0, 1)
+            s: matrix.reshape(size, len(like), math.prod(s.shape)).transpose(0, 1)
             for s, matrix in found.items()
         }
 

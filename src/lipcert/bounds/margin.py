@@ -43,6 +43,8 @@ class MarginConstants:
         others: Further constants of the same margins, each true in its own ball: a margin falls by
             no more than the least of what all say. `kind` and `failure` speak of all together.
         around: How the boxes of a local bound lie; None for a global one.
+        alone: Gives the constants of the single logits f_i, `(c,)`, or `(b, c)` if local; None where
+            only those of differences are known.
     """
 
     row: Callable[[Int[Tensor, " b"]], Float[Tensor, "b c"]]
@@ -55,26 +57,44 @@ class MarginConstants:
     drop: Callable[[Int[Tensor, " b"]], Float[Tensor, "b c"]] | None = None
     others: tuple["MarginConstants", ...] = ()
     around: Around | None = None
+    alone: Callable[[], Float[Tensor, "*b c"]] | None = None
 
     def members(self) -> list["MarginConstants"]:
         """This one and all others."""
         return [self, *(member for other in self.others for member in other.members())]
 
-    def within(self, classes: Int[Tensor, " b"], eps: float) -> Float[Tensor, "b c"]:
+    def within(self, classes: Int[Tensor, " b"] | None, eps: float) -> Float[Tensor, "b c"]:
         """What a loss at radius eps takes for K: eps times it is the largest fall within eps.
 
         At eps = 0 the constants themselves. Members whose ball is smaller than eps say nothing; if
         none is left, the result is infinite.
+
+        Args:
+            classes: The class that is protected for each sample; None for the constants of the
+                single logits, `(1, c)` where they are global.
+            eps: The radius.
+
+        Raises:
+            LipcertError: Single logits are asked for, and a member does not know theirs.
         """
         rows = []
         for member in self.members():
-            row = member.row(classes)
-            if member.drop is not None and eps > 0:
+            row = member._alone() if classes is None else member.row(classes)
+            if classes is not None and member.drop is not None and eps > 0:
                 row = torch.minimum(row, member.drop(classes) / eps)
             if member.batch is not None:
                 row = row.where((torch.as_tensor(member.valid_radius) >= eps)[:, None], math.inf)
             rows.append(row)
         return rows[0] if len(rows) == 1 else torch.stack([r.to(rows[0]) for r in rows]).amin(0)
+
+    def _alone(self) -> Float[Tensor, "b c"]:
+        if self.alone is None:
+            raise LipcertError(
+                "These MarginConstants know differences of logits, but not the single logits: give "
+                "alone=..., or train with a loss that compares classes, such as lc.losses.cll."
+            )
+        found = self.alone()
+        return found if found.ndim == 2 else found[None]
 
     def dense(self) -> Float[Tensor, "b c c"]:
         """All pairs: b is 1 for a global bound, the batch for a local one."""

@@ -36,7 +36,8 @@ class SampleScale(LinearMap):
     diagonal: Float[Tensor, "b ..."]
 
     def apply(self, x: Float[Tensor, "rounds_b ..."]) -> Float[Tensor, "rounds_b ..."]:
-        return (x.unflatten(0, (-1, len(self.diagonal))) * self.diagonal).flatten(0, 1)
+        rounds = len(x) // max(len(self.diagonal), 1)
+        return (x.unflatten(0, (rounds, len(self.diagonal))) * self.diagonal).flatten(0, 1)
 
     def adjoint(self, y: Float[Tensor, "rounds_b ..."]) -> Float[Tensor, "rounds_b ..."]:
         return self.apply(y)

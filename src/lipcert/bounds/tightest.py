@@ -108,7 +108,15 @@ def tightest_pairs(constants: Sequence[MarginConstants]) -> MarginConstants:
         rows = [c.row(wanted) for c in everywhere]
         return torch.stack([r.to(rows[0].device, torch.float64) for r in rows]).amin(0)
 
-    first = dataclasses.replace(everywhere[0], row=row) if everywhere else around.pop(0)
+    def alone() -> Float[Tensor, " c"]:
+        single = [c.alone() for c in everywhere if c.alone is not None]
+        return torch.stack([s.to(single[0].device, torch.float64) for s in single]).amin(0)
+
+    if everywhere:
+        known = any(c.alone is not None for c in everywhere)
+        first = dataclasses.replace(everywhere[0], row=row, alone=alone if known else None)
+    else:
+        first = around.pop(0)
     return dataclasses.replace(
         first,
         kind=weakest(c.kind for c in constants),
