@@ -95,12 +95,14 @@ def attack_run(
         "attack": str(attack),
     }
 
+    box = data.limits if radii else None  # a certificate also speaks of points outside it
+
     def hits(targets: Tensor, radius: Tensor, done: int) -> Tensor:
         generator = torch.Generator(device=device).manual_seed(effort.seed)
         found = []
         pieces = zip(*(t.split(effort.batch_size) for t in (x, targets, radius)), strict=True)
         for batch in pieces:
-            found.append(_hits(attack, net, batch, bool(radii), effort, generator))
+            found.append(_hits(attack, net, batch, box, effort, generator))
             done += len(found[-1])
             on_batch(done)
         return torch.cat(found).cpu()
@@ -130,7 +132,7 @@ def _hits(
     attack: AttackName,
     net: nn.Module,
     batch: tuple[Tensor, Tensor, Tensor],
-    boxed: bool,
+    box: tuple[float, float] | None,
     effort: Effort,
     generator: torch.Generator,
 ) -> Tensor:
@@ -138,7 +140,6 @@ def _hits(
     x, targets, radius = batch
     match attack:
         case AttackName.PGD:
-            box = (0.0, 1.0) if boxed else None  # a certificate also speaks of points outside it
             tries = effort.steps, effort.restarts
             return pgd(net, x, targets, radius, *tries, box, generator=generator).found
         case AttackName.AUTOATTACK:

@@ -65,6 +65,65 @@ class RandomAffine:
         return torch.where(inside > 0, _nearest(x, grid), self.fill)
 
 
+@dataclass(frozen=True)
+class ReflectedCrop:
+    """Each picture shifted by whole pixels; what comes in is its own border, mirrored.
+
+    Attributes:
+        most: Largest shift along either axis, in pixels; all shifts are equally probable.
+    """
+
+    most: int
+
+    def __call__(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """The shifted pictures."""
+        b, _, h, w = x.shape
+        wide = F.pad(x, (self.most,) * 4, mode="reflect")
+        down, right = torch.randint(2 * self.most + 1, (2, b, 1)).to(x.device)
+        rows = (down + torch.arange(h, device=x.device))[:, None, :, None]
+        columns = (right + torch.arange(w, device=x.device))[:, None, None, :]
+        samples = torch.arange(b, device=x.device)[:, None, None, None]
+        channels = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
+        return wide[samples, channels, rows, columns]
+
+
+@dataclass(frozen=True)
+class ColourJitter:
+    """Each picture brighter or darker, with more or less contrast and colour, in random order.
+
+    A picture x becomes clip(f x + (1 - f) y) with y black, the mean grey of the picture, or its
+    grey version, and f uniform in [1 - a, 1 + a] or the range given. The order is drawn once a
+    batch.
+
+    Attributes:
+        brightness: a, or the range of f, where y is black.
+        contrast: The same where y is the mean grey.
+        saturation: The same where y is the grey version.
+    """
+
+    brightness: float | tuple[float, float] = 0.0
+    contrast: float | tuple[float, float] = 0.0
+    saturation: float | tuple[float, float] = 0.0
+
+    def __call__(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """The changed pictures, pixels in [0, 1].
+
+        Args:
+            x: Pictures of three channels.
+        """
+        for step in torch.randperm(3).tolist():
+            strength = (self.brightness, self.contrast, self.saturation)[step]
+            low, high = strength if isinstance(strength, tuple) else (1 - strength, 1 + strength)
+            factor = (low + (high - low) * torch.rand(len(x), 1, 1, 1)).to(x)
+            grey = torch.einsum("bchw,c->bhw", x, x.new_tensor(_GREY))[:, None]
+            other = (torch.zeros_like(grey), grey.mean((2, 3), keepdim=True), grey)[step]
+            x = (factor * x + (1 - factor) * other).clamp(0, 1)
+        return x
+
+
+_GREY = (0.299, 0.587, 0.114)  # how bright red, green and blue are
+
+
 def _nearest(
     x: Float[Tensor, "b c h w"], grid: Float[Tensor, "b h w 2"]
 ) -> Float[Tensor, "b c h w"]:

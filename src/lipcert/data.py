@@ -1,4 +1,4 @@
-"""Labelled pictures as one tensor: the embedded digits, the Hugging Face hub, folders, tensors."""
+"""Labelled samples as one tensor: the embedded digits, the Hugging Face hub, folders, tensors."""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int, Int64, Shaped, UInt8
 from torch import Tensor
 
 from lipcert.errors import LipcertError
+from lipcert.moons import MOONS as MOONS
+from lipcert.moons import two_moons
 from lipcert.sources import DIGITS as DIGITS
 from lipcert.sources import LAYOUT, decoded_images, read_splits
 
@@ -33,25 +35,27 @@ _SPLIT_NAMES = {Split.TRAIN: ("train",), Split.EVALUATION: ("test", "valid", "va
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Labelled pictures, decoded once and held in memory.
+    """Labelled pictures, decoded once and held in memory; or other inputs of a network.
 
     Attributes:
         images: pictures as stored: bytes 0..255, or floating-point pixels in [0, 1]; one channel
-            for grey pictures, else three (red, green, blue).
+            for grey pictures, else three (red, green, blue). Other inputs: numbers of any shape.
         labels: index into `classes`, one per picture.
         classes: the names of the classes.
         source: where the data come from, as the user gave it.
         split: the name that the source gives this part ("validation", not the wish "test").
+        limits: the range of every entry of a valid input; None if there is none.
 
     Raises:
         LipcertError: there are no pictures, or a label is outside the classes.
     """
 
-    images: UInt8[Tensor, "n c h w"] | Float[Tensor, "n c h w"]
+    images: UInt8[Tensor, "n c h w"] | Float[Tensor, "n *shape"]
     labels: Int64[Tensor, "n"]
     classes: tuple[str, ...]
     source: str
     split: str
+    limits: tuple[float, float] | None = (0.0, 1.0)
 
     def __post_init__(self):
         where = f"data {self.source!r}, split {self.split!r}"
@@ -74,7 +78,7 @@ class Dataset:
         index: Int[Tensor, "b"] | Bool[Tensor, "n"] | slice = slice(None),
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> Float[Tensor, "b c h w"]:
+    ) -> Float[Tensor, "b *shape"]:
         """Gives pictures as a network's input: pixels in [0, 1], not normalised.
 
         Args:
@@ -103,10 +107,11 @@ def load(
     Progress bars and log lines of that library are off during the call.
 
     Args:
-        source: "digits" (embedded), a local folder (parquet files in the hub's layout, or pictures
-            as split/CLASS/x.png), or a hub id such as "ylecun/mnist", with the name of a
-            configuration if there are several: "ufldl-stanford/svhn:cropped_digits". A folder that
-            happens to be called digits is "./digits".
+        source: "digits" (embedded), "moons" (points of the plane), a local folder (parquet files in
+            the hub's layout, or pictures as split/CLASS/x.png), or a hub id such as "ylecun/mnist",
+            with the name of a configuration if there are several:
+            "ufldl-stanford/svhn:cropped_digits". A folder that happens to be called digits is
+            "./digits".
         split: which part; `Split.EVALUATION` takes the first of test, valid, validation, val.
         image_column: the column of pictures; by default image, img or pixel_values.
         label_column: the column of labels; by default label, fine_label or labels.
@@ -115,6 +120,9 @@ def load(
         LipcertError: the data cannot be found or read, the split or a column is missing, or its
             content does not fit: no pictures, several sizes, hidden labels.
     """
+    if source == MOONS:
+        n, seed = (2_000, 123) if split is Split.TRAIN else (20_000, 124)
+        return Dataset(*two_moons(n, seed), ("outer", "inner"), MOONS, str(split), limits=None)
     splits = read_splits(source)
     name = next((name for name in _SPLIT_NAMES[split] if name in splits), None)
     if name is None:

@@ -10,6 +10,8 @@ bound.json              the bound, layer by layer
 summary.json            the result
 attack.json             what the attacks found
 inequality.parquet      certified, sampled and attacked radii of each test sample
+locality.json           what a local bound gains, part by part, with
+locality.parquet        one row a test sample
 report.html             all of it on one page
 """
 
@@ -97,7 +99,7 @@ def create(folder: Path, recipe: Recipe) -> Run:
 FILES = (
     *("recipe.json", "metrics.jsonl", "checkpoint.safetensors", "model.safetensors", "config.json"),
     *("certificates.parquet", "bound.json", "summary.json", "attack.json", "report.html"),
-    "inequality.parquet",
+    *("inequality.parquet", "locality.json", "locality.parquet"),
 )
 
 

@@ -43,7 +43,7 @@ class MarginConstants:
         others: Further constants of the same margins, each true in its own ball: a margin falls by
             no more than the least of what all say. `kind` and `failure` speak of all together.
         around: How the boxes of a local bound lie; None for a global one.
-        alone: Gives the constants of the single logits f_i, `(c,)`, or `(b, c)` if local; None where
+        alone: Gives the constants of the single logits f_i, `(c,)`, or `(b, c)` if local; None if
             only those of differences are known.
     """
 

@@ -3,6 +3,7 @@
 from lipcert.models.building import initialise_orthogonally, mlp
 from lipcert.models.papers import (
     c4f3_bcp,
+    c4f3_cll,
     c6f2_bcp,
     c6f2_crm,
     c8f2_bcp,
@@ -13,6 +14,7 @@ from lipcert.models.papers import (
 
 __all__ = [
     "c4f3_bcp",
+    "c4f3_cll",
     "c6f2_bcp",
     "c6f2_crm",
     "c8f2_bcp",

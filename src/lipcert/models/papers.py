@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import nn
 
 from lipcert.errors import LipcertError
+from lipcert.layers import MaxMin
 from lipcert.models.building import Convolution, convolutional
 
 
@@ -58,6 +59,31 @@ def c4f3_bcp(
     Reference: arXiv 2111.01395, experiments on MNIST.
     """
     convolutions = [(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
+    return convolutional(in_shape, classes, activation, convolutions, [512, 512])
+
+
+def c4f3_cll(
+    in_shape: tuple[int, int, int],
+    classes: int,
+    activation: Callable[[], nn.Module] = MaxMin,
+) -> nn.Sequential:
+    """The 4C3F net of CLL, whose strided convolutions have 3x3 kernels.
+
+    conv 32 (3x3, stride 1, padding 1), conv 32 (3x3, 2, 1), conv 64 (3x3, 1, 1), conv 64
+    (3x3, 2, 1), dense 512, dense 512, dense ``classes``, with the activation after every layer but
+    the last. 2 431 018 parameters for (3, 32, 32) and 10 classes.
+
+    Args:
+        in_shape: (channels, height, width) of one input.
+        classes: Number of logits.
+        activation: Called without arguments for every activation layer.
+
+    Raises:
+        LipcertError: the input is too small, or the activation does not fit a layer.
+
+    Reference: arXiv 2309.06166, the authors' code.
+    """
+    convolutions = [(32, 3, 1, 1), (32, 3, 2, 1), (64, 3, 1, 1), (64, 3, 2, 1)]
     return convolutional(in_shape, classes, activation, convolutions, [512, 512])
 
 

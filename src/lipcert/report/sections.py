@@ -207,10 +207,14 @@ def _group(r: Results, data: Dataset, members: Iterable[int]) -> Html:
     figures = []
     for i in members:
         caption = f"{data.classes[r.label[i]]} → {data.classes[r.prediction[i]]}"
-        picture = thumbnail(data.pixels(slice(i, i + 1))[0].numpy())
+        sample = data.pixels(slice(i, i + 1))[0].numpy()
         name = tag("b", caption, class_="good" if r.right[i] else "wrong")
         words = tag("figcaption", name, tag("br"), rounded_down(float(r.radius[i])))
-        figures.append(tag("figure", tag("img", src=picture, alt=caption), words))
+        if sample.ndim == 3:
+            picture = tag("img", src=thumbnail(sample), alt=caption)
+        else:
+            picture = tag("code", ", ".join(f"{v:.3g}" for v in sample.flat[:4]))
+        figures.append(tag("figure", picture, words))
     return tag("div", *figures, class_="pictures") if figures else tag("p", "None.", class_="note")
 
 
