@@ -19,7 +19,9 @@ SHAPES = {  # some smaller than the pictures, for speed
     "ylecun/mnist": (1, 28, 28),
     "ufldl-stanford/svhn:cropped_digits": (3, 8, 8),
     "uoft-cs/cifar10": (3, 32, 32),
+    "uoft-cs/cifar100": (3, 32, 32),
     "zh-plus/tiny-imagenet": (3, 24, 24),
+    "moons": (2,),
 }
 
 

@@ -3,7 +3,17 @@ import math
 import pytest
 
 from lipcert.errors import LipcertError
-from lipcert.schedules import Constant, Cosine, EpochRamp, Exponential, Linear, Steps, Switch
+from lipcert.schedules import (
+    Constant,
+    Cosine,
+    EpochRamp,
+    Exponential,
+    Linear,
+    Piecewise,
+    Polynomial,
+    Steps,
+    Switch,
+)
 
 RAMPS = [
     Linear(1e-3, 1e-5),
@@ -162,4 +172,40 @@ def test_a_schedule_prints_as_it_is_written():
 )
 def test_nonsense_is_refused(make):
     with pytest.raises(LipcertError, match=r"start=|value=|before="):
+        make()
+
+
+def test_polynomial_moves_the_earlier_the_higher_its_power():
+    late, early = Polynomial(2.0, 1.0, 0.5, begin=0.2, until=0.6), Polynomial(2.0, 1.0, 8)
+    assert [late(t) for t in (0.0, 0.2, 0.3, 0.6, 1.0)] == [
+        2,
+        2,
+        pytest.approx(1 + 0.75**0.5),
+        1,
+        1,
+    ]
+    assert early(0.5) == pytest.approx(1 + 0.5**8)
+    assert Polynomial(2.0, 1.0, 1)(0.3) == pytest.approx(Linear(2.0, 1.0)(0.3))
+
+
+def test_piecewise_goes_straight_from_point_to_point():
+    rate = Piecewise(((0.2, 0.5), (0.4, 1.0), (1.0, 0.0)))
+    assert [rate(t) for t in (0.0, 0.2, 0.4, 1.0)] == [0.5, 0.5, 1.0, 0.0]
+    assert [rate(t) for t in (0.3, 0.7)] == [pytest.approx(0.75), pytest.approx(0.5)]
+    assert Piecewise(((0.5, 3.0),))(0.9) == 3.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Polynomial(1.0, 0.0, 0),
+        lambda: Polynomial(1.0, 0.0, 2, begin=0.5, until=0.5),
+        lambda: Piecewise(()),
+        lambda: Piecewise(((0.5, 1.0), (0.5, 0.0))),
+        lambda: Piecewise(((-0.1, 1.0), (0.5, 0.0))),
+        lambda: Piecewise(((0.0, 1.0), (1.5, 0.0))),
+    ],
+)
+def test_shapes_that_make_no_sense_are_refused(make):
+    with pytest.raises(LipcertError, match="Polynomial|Piecewise"):
         make()

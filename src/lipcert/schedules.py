@@ -9,6 +9,7 @@ until].
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lipcert.errors import LipcertError
 
@@ -51,6 +52,50 @@ class Linear:
         """The value at this progress."""
         s = _share(progress, self.begin, self.until)
         return (1 - s) * self.start + s * self.end
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """v(t) = end + (start - end) * (1 - s)^power: the higher the power, the earlier it moves."""
+
+    start: float
+    end: float
+    power: float
+    begin: float = 0.0
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_span(self, self.begin, self.until)
+        if not self.power > 0:
+            raise LipcertError(f"{self}: the power must be > 0")
+
+    def __call__(self, progress: float) -> float:
+        """The value at this progress."""
+        w = (1 - _share(progress, self.begin, self.until)) ** self.power
+        return self.end + w * (self.start - self.end)
+
+
+@dataclass(frozen=True)
+class Piecewise:
+    """v(t) on straight lines between ``points`` (t, value), held outside them.
+
+    A triangular learning rate is Piecewise(((0.0, 0.0), (0.4, 1.0), (0.8, 0.05), (1.0, 0.0))).
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        at = [t for t, _ in self.points]
+        if not (at and at[0] >= 0 and at[-1] <= 1 and all(a < b for a, b in pairwise(at))):
+            raise LipcertError(f"{self}: the places of the points must rise and lie in [0, 1]")
+
+    def __call__(self, progress: float) -> float:
+        """The value at this progress."""
+        for (begin, start), (until, end) in pairwise(self.points):
+            if progress <= until:
+                s = _share(progress, begin, until)
+                return (1 - s) * start + s * end
+        return self.points[-1][1]
 
 
 @dataclass(frozen=True)

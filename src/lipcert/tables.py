@@ -1,12 +1,14 @@
 """Results as tables on the terminal."""
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
+from lipcert import losses
 from lipcert.bound_table import BoundTable
 from lipcert.kinds import Kind
 from lipcert.locality import Part
@@ -53,6 +55,8 @@ def show_recipe(recipe: Recipe) -> None:
     for name, value in settings(recipe).items():
         table.add_row(name, str(value))
     table.add_row("loss", f"{recipe.loss.__name__} {dict(recipe.loss_options) or ''}")  # type: ignore[attr-defined]
+    if recipe.loss in (losses.cll, losses.cll_per_logit):
+        table.add_row("calibration", _calibration(recipe))
     table.add_row("eps schedule", repr(recipe.eps_schedule))
     table.add_row("learning-rate schedule", repr(recipe.learning_rate_schedule))
     table.add_row("radii", ", ".join(recipe.radii))
@@ -67,6 +71,18 @@ def show_recipe(recipe: Recipe) -> None:
     for p in recipe.published:
         published.add_row(p.what, f"{p.value:g}", p.source, p.certainty)
     _print(published)
+
+
+def _calibration(recipe: Recipe) -> str:
+    """How steep the logistic of the loss is when the training ends."""
+    parameters = inspect.signature(recipe.loss).parameters
+    options = {name: parameters[name].default for name in ("slack", "sigma")}
+    options |= dict(recipe.loss_options)
+    options |= {name: at(1.0) for name, at in recipe.loss_schedules.items()}
+    if (sigma := options["sigma"]) is None:
+        eps = recipe.eps * recipe.eps_schedule(1.0)
+        sigma = losses.calibration(eps, options["slack"]).sigma
+    return f"sigma {_number(sigma)}, Lipschitz constant {_number(1 / sigma)}"
 
 
 def _described(part: Any) -> str:

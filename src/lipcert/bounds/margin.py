@@ -85,7 +85,9 @@ class MarginConstants:
             if member.batch is not None:
                 row = row.where((torch.as_tensor(member.valid_radius) >= eps)[:, None], math.inf)
             rows.append(row)
-        return rows[0] if len(rows) == 1 else torch.stack([r.to(rows[0]) for r in rows]).amin(0)
+        if len(rows) == 1:
+            return rows[0]
+        return torch.stack(torch.broadcast_tensors(*(r.to(rows[0]) for r in rows))).amin(0)
 
     def _alone(self) -> Float[Tensor, "b c"]:
         if self.alone is None:

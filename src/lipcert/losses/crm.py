@@ -9,7 +9,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lipcert.errors import LipcertError
-from lipcert.losses.protects import check_radius, prediction, protects, widened
+from lipcert.losses.protects import (
+    check_radius,
+    check_row,
+    prediction,
+    protects,
+    quotients,
+    widened,
+)
 
 Classification = Callable[[Tensor, Tensor], Tensor]
 
@@ -162,20 +169,12 @@ def _radii(
     Out of reach is what a division by K^2 in the gradient would overflow for.
     """
     check_radius(eps)
-    if K_row.shape != logits.shape:
-        raise LipcertError(
-            f"K_row has shape {tuple(K_row.shape)} and the logits {tuple(logits.shape)}; give a "
-            "row for each sample: bound().row(loss.protects(logits, labels))"
-        )
+    check_row(logits, K_row)
     z = widened(logits)
-    constants = K_row.to(z.dtype)
     classes = prediction(z, labels).unsqueeze(1)
     margins = z.gather(1, classes) - z
-    tiny = math.sqrt(torch.finfo(z.dtype).tiny)
-    with torch.no_grad():  # both tests are false for NaN, which must show in the loss
-        out_of_reach = (constants <= tiny) | (margins / constants > 1 / tiny)
-        out_of_reach = out_of_reach.scatter(1, classes, True)
-    radii = margins.masked_fill(out_of_reach, 0.0) / constants.masked_fill(out_of_reach, 1.0)
+    radii, divided = quotients(margins, K_row.to(z.dtype).scatter(1, classes, 1.0))
+    out_of_reach = (~divided).scatter(1, classes, True)
     return z, radii.masked_fill(out_of_reach, torch.inf)
 
 

@@ -32,7 +32,15 @@ def emma(
 
     Reference: arXiv 2301.12549, EMMA loss; the bounds of the clip follow the authors' code.
     """
-    z = widened(logits)
-    offset = reach(z, labels, K_row, eps)
-    share = covered(z, labels, offset).clamp(min=0.01)
-    return F.cross_entropy(z + share * offset, labels)
+    return F.cross_entropy(raised(widened(logits), labels, K_row, eps), labels)
+
+
+def raised(
+    logits: Float[Tensor, "b c"],
+    labels: Int[Tensor, "b"],
+    K_row: Float[Tensor, "b c"],
+    eps: float,
+) -> Float[Tensor, "b c"]:
+    """The logits of `emma` from widened ones."""
+    offset = reach(logits, labels, K_row, eps)
+    return logits + covered(logits, labels, offset).clamp(min=0.01) * offset

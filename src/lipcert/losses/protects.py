@@ -1,10 +1,11 @@
 """Which class a loss protects, and the few terms that several losses share."""
 
+import math
 from collections.abc import Callable
 from typing import ParamSpec, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lipcert.errors import LipcertError
@@ -16,7 +17,7 @@ P = ParamSpec("P")
 class Loss(Protocol[P]):
     """A loss function that also says which class of each sample it protects."""
 
-    protects: Callable[[Tensor, Tensor], Tensor]
+    protects: Callable[[Tensor, Tensor], Tensor | None]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         """Mean loss of a batch, a scalar."""
@@ -33,11 +34,18 @@ def prediction(logits: Float[Tensor, "b c"], labels: Int[Tensor, "b"]) -> Int[Te
     return logits.detach().argmax(dim=1)
 
 
-def protects(which: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Callable[P, Tensor]], Loss[P]]:
+def each_logit(logits: Float[Tensor, "b c"], labels: Int[Tensor, "b"]) -> None:
+    """No class: the loss takes each logit by itself, and wants the constants of single logits."""
+
+
+def protects(
+    which: Callable[[Tensor, Tensor], Tensor | None],
+) -> Callable[[Callable[P, Tensor]], Loss[P]]:
     """Decorator that sets ``loss.protects``.
 
     Args:
-        which: `label` or `prediction`, or any function (logits, labels) -> class of each sample.
+        which: `label`, `prediction` or `each_logit`, or any function (logits, labels) -> class of
+            each sample, None for no class.
     """
 
     def mark(loss: Callable[P, Tensor]) -> Loss[P]:
@@ -57,6 +65,15 @@ def check_radius(eps: float) -> None:
     """Raises LipcertError unless the radius of a loss is >= 0."""
     if not eps >= 0:
         raise LipcertError(f"the radius eps of a loss must be >= 0, got {eps}")
+
+
+def check_row(logits: Float[Tensor, "b c"], K_row: Tensor) -> None:
+    """Raises LipcertError unless there is a constant for each logit."""
+    if K_row.shape != logits.shape:
+        raise LipcertError(
+            f"K_row has shape {tuple(K_row.shape)} and the logits {tuple(logits.shape)}; give a "
+            "row for each sample: bound().row(loss.protects(logits, labels))"
+        )
 
 
 def reach(
@@ -96,3 +113,17 @@ def covered(
     with torch.no_grad():
         margins = logits.gather(1, classes.unsqueeze(1)) - logits
         return torch.where(margins >= reach, 1.0, margins / reach)
+
+
+def quotients(
+    values: Float[Tensor, "b c"], constants: Float[Tensor, "b c"]
+) -> tuple[Float[Tensor, "b c"], Bool[Tensor, "b c"]]:
+    """Values / constants, and where it was divided; elsewhere the values themselves.
+
+    Not divided is where a division by K^2 in the gradient would overflow. Both tests are false for
+    NaN, which must show in the loss.
+    """
+    tiny = math.sqrt(torch.finfo(values.dtype).tiny)
+    with torch.no_grad():
+        unsafe = (constants <= tiny) | ((values / constants).abs() > 1 / tiny)
+    return values / constants.masked_fill(unsafe, 1.0), ~unsafe

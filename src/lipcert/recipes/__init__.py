@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from lipcert.errors import LipcertError
 from lipcert.recipe import Recipe
-from lipcert.recipes import baselines, bcp, crm, local_lip
+from lipcert.recipes import baselines, bcp, cll, crm, local_lip
 from lipcert.recipes.digits import gloro_digits, lmt_digits
 from lipcert.recipes.mnist import gloro_mnist, lmt_mnist
 from lipcert.recipes.svhn import lmt_svhn, lmt_svhn_average, lmt_svhn_batch
@@ -25,6 +25,9 @@ _RECIPES: dict[str, Callable[[], Recipe]] = {
         *(local_lip.local_lip_cifar10, local_lip.local_lip_cifar10_max_min),
         *(local_lip.local_lip_tiny, local_lip.local_lip_tiny_max_min),
         *(bcp.bcp_mnist, bcp.bcp_cifar10),
+        *(cll.cll_moons, cll.gloro_moons, cll.cll_digits),
+        *(cll.cll_cifar10_c4f3, cll.cll_cifar10_c6f2, cll.gloro_cifar10_c4f3),
+        *(cll.cll_tiny, cll.cll_tiny_slack),
     )
 }
 
