@@ -5,12 +5,29 @@ import torch.nn.functional as F
 from torch import nn
 
 from lipcert.layers import (
+    AOLConv2d,
+    AOLLinear,
+    BatchCentering,
+    BjorckConv2d,
+    BjorckLinear,
+    CholeskyLinear,
     ClippedMaxMin,
     ClippedReLU,
+    CPLConv2d,
+    CPLLinear,
+    FitChannels,
+    GroupSort,
     Householder,
+    Householder2,
+    L2Pool2d,
+    LastLayerNormalized,
+    LinearResidualConv2d,
     MaxMin,
     Normalize,
     RecordingBatchNorm2d,
+    SLLConv2d,
+    SLLLinear,
+    SOCConv2d,
 )
 from lipcert.normalized import LipLTNormalized
 from nets import Net
@@ -180,6 +197,25 @@ AFFINE = {
         w=3,
     ),
     "Normalize": layer(lambda: Normalize([0.5, 0.1], [0.25, 2]), 2, 3, 2),
+    "AOLLinear": layer(lambda: AOLLinear(5, 4), 5),
+    "AOLLinear on the last axis": layer(lambda: AOLLinear(3, 5, bias=False), 2, 3),
+    "AOLConv2d": layer(lambda: AOLConv2d(2, 3, 3, stride=2, padding=1), 2, 5, 4),
+    "AOLConv2d without a bias": layer(lambda: AOLConv2d(2, 3, 2, bias=False), 2, 3, 4),
+    "BjorckLinear": layer(lambda: BjorckLinear(5, 4), 5),
+    "BjorckLinear on the last axis": layer(lambda: BjorckLinear(3, 5, bias=False), 2, 3),
+    "BjorckConv2d": layer(lambda: BjorckConv2d(2, 3, 3, stride=2, padding=1), 2, 5, 4),
+    "BjorckConv2d without a bias": layer(lambda: BjorckConv2d(2, 3, 2, bias=False), 2, 3, 4),
+    "CholeskyLinear": layer(lambda: CholeskyLinear(5, 4), 5),
+    "SOCConv2d": layer(lambda: SOCConv2d(2, 8, 1, stride=2), 2, 4, 6),
+    "SOCConv2d without a bias": layer(lambda: SOCConv2d(3, 3, 1, bias=False), 3, 2, 3),
+    "LastLayerNormalized": layer(lambda: LastLayerNormalized(5, 4), 5),
+    "LinearResidualConv2d": layer(lambda: LinearResidualConv2d(2, 4), 2, 4, 3),
+    "LinearResidualConv2d of size 1": layer(
+        lambda: LinearResidualConv2d(3, 2, 1, bias=False), 3, 2, 2
+    ),
+    "BatchCentering": layer(lambda: BatchCentering(3), 3, 2),
+    "FitChannels more": layer(lambda: FitChannels(4), 3, 2, 2),
+    "FitChannels fewer": layer(lambda: FitChannels(2), 5),
     "AvgPool1d": layer(lambda: nn.AvgPool1d(3, 2, 1), 2, 6),
     "AvgPool2d": layer(lambda: nn.AvgPool2d((2, 3), padding=(1, 0)), 2, 4, 5),
     "AvgPool2d without channels": layer(lambda: nn.AvgPool2d(3, 1, 1), 4, 4),
@@ -371,6 +407,8 @@ def _augmented(y, w):
 # Functions with a Lipschitz constant, and the constant.
 LIPSCHITZ = {
     "MaxMin": (layer(MaxMin, 4, 2), 1),
+    "MaxMin of neighbours": (layer(lambda: MaxMin(adjacent=True), 4, 2), 1),
+    "GroupSort": (layer(lambda: GroupSort(3), 6, 2), 1),
     "ClippedReLU": (layer(lambda: nn.Sequential(MaxMin(), ClippedReLU(0.7)), 4, 2), 1),
     "ClippedMaxMin": (layer(lambda: ClippedMaxMin(0.8, -0.6), 4, 2), 1),
     "torch.maximum": (net(lambda s, x: torch.maximum(x.sin(), -x.cos()), 3), 2**0.5),
@@ -423,6 +461,12 @@ RISING = {
 }
 VECTOR = {
     "Householder": (layer(lambda: turned(Householder(4)), 4, 2), 1),
+    "Householder2": (layer(lambda: Householder2(4), 4, 2), 1),
+    "SLLLinear": (layer(lambda: SLLLinear(4, 6), 3, 4), 1),
+    "SLLConv2d": (layer(lambda: SLLConv2d(2, 3), 2, 4, 3), 1),
+    "CPLLinear": (layer(lambda: CPLLinear(4, 3), 4), 1),
+    "CPLConv2d": (layer(lambda: CPLConv2d(2, (4, 3), 3, 2, 0), 2, 4, 3), 1),
+    "L2Pool2d": (layer(lambda: L2Pool2d(2), 2, 4, 2), 1),
     "F.softmax": (net(lambda s, x: F.softmax(x, 1), 2), 0.5),
     "torch.softmax": (net(lambda s, x: torch.softmax(x, dim=-1), 3, 4), 0.5),
     "x.softmax": (net(lambda s, x: x.softmax(1), 4, 2), 0.5),

@@ -1,6 +1,7 @@
 """Certificates: what they prove holds, what they cannot prove they do not claim."""
 
 import copy
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -392,6 +393,256 @@ def test_a_local_estimate_is_refused(mlp):
     net, bound = mlp
     with pytest.raises(lc.LipcertError, match="proves nothing"):
         lc.certify(net, torch.rand(3, 6), bound=Guess(bound.graph))
+
+
+# ---------------------------------------------------------------- several claims
+
+
+def several(n=60, classes=4, members=3, seed=0):
+    """Logits, and constants of members with balls of different radii, some with drops."""
+    torch.manual_seed(seed)
+    logits = 2 * torch.randn(n, classes)
+    made = []
+    for member in range(members):
+        K, fall = 0.2 + 3 * torch.rand(n, classes), 4 * torch.rand(n, classes)
+        made.append(
+            MarginConstants(
+                lambda labels, K=K: K,
+                *(classes, lc.Kind.UPPER),
+                batch=n,
+                valid_radius=10.0 ** torch.empty(n).uniform_(-1.5, 1),
+                drop=(lambda labels, fall=fall: fall) if member else None,
+            )
+        )
+    return logits, dataclasses.replace(made[0], others=tuple(made[1:])), made
+
+
+def proved(margin, K, fall, valid):
+    """Up to which radius one member proves one margin, before rounding."""
+    if not margin > 0:
+        return 0.0
+    return valid if margin > fall else min(margin / K, valid)
+
+
+def by_hand(logits, members):
+    """The largest radius of the members for each class, and of those the least."""
+    radii = []
+    for i, row in enumerate(logits.tolist()):
+        best = max(range(len(row)), key=row.__getitem__)
+        against = []
+        for j in range(len(row)):
+            if j != best:
+                each = []
+                for m in members:
+                    labels = torch.full((len(logits),), best)
+                    fall = INF if m.drop is None else m.drop(labels)[i, j].item()
+                    K, valid = m.row(labels)[i, j].item(), m.valid_radius[i].item()
+                    each.append(proved(row[best] - row[j], K, fall, valid))
+                against.append(max(each))
+        radii.append(min(against))
+    return radii
+
+
+@pytest.mark.parametrize("members", [1, 2, 3])
+def test_radii_of_several_claims_are_those_of_a_slow_computation(members):
+    logits, constants, made = several(members=members)
+    certificate = from_logits(logits, constants)
+    assert len(certificate.claims) == members
+    expected = by_hand(logits, made)
+    np.testing.assert_allclose(certificate.radius, expected, rtol=1e-12)
+    assert (certificate.radius.numpy() <= np.array(expected)).all()
+    if members > 1:  # the members take turns, and no single one says as much for some samples
+        alone = torch.stack([from_logits(logits, m).radius for m in made])
+        assert (certificate.radius >= alone.amax(0)).all()
+        assert (certificate.radius > alone.amax(0) * 1.01).any()
+        assert len(set(alone.argmax(0).tolist())) == members
+
+
+def test_robustness_of_several_claims_is_that_of_a_slow_computation():
+    """For each class some member whose ball reaches that far, one for all classes or not."""
+    logits, constants, made = several()
+    certificate = from_logits(logits, constants)
+    valid = torch.stack([m.valid_radius for m in made])
+    tested = [0.03, 0.2, 1.0, 5.0, *valid[:, :8].flatten().tolist()]
+    for eps in tested:
+        kept = torch.zeros(3, 60, 4, dtype=torch.bool)
+        for m, made_by in enumerate(made):
+            K = made_by.row(certificate.prediction)
+            fall = K * eps
+            if made_by.drop is not None:
+                fall = torch.minimum(fall, made_by.drop(certificate.prediction))
+            inside = (eps <= made_by.valid_radius)[:, None]
+            kept[m] = inside & (certificate.margins > fall)
+            kept[m] |= inside & torch.nn.functional.one_hot(certificate.prediction, 4).bool()
+        assert torch.equal(certificate.robust_at(eps), kept.any(0).all(1))
+
+
+def test_just_below_and_above_the_ball_of_a_member():
+    """The drop proves its whole ball, and not a bit more; then another member has to."""
+    near = MarginConstants(
+        lambda labels: torch.tensor([[0.0, 9.0], [0.0, 9.0]]),
+        *(2, lc.Kind.UPPER),
+        batch=2,
+        valid_radius=torch.tensor([0.3, 0.3]),
+        drop=lambda labels: torch.tensor([[0.0, 0.9], [0.0, 1.1]]),
+    )
+    far = MarginConstants(lambda labels: torch.full((2, 2), 2.5), 2, lc.Kind.UPPER)
+    logits = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    below, above = math.nextafter(0.3, 0), math.nextafter(0.3, INF)
+    certificate = from_logits(logits, near)
+    assert certificate.radius.tolist() == [0.3, pytest.approx(1 / 9)]
+    for eps, robust in ((below, True), (0.3, True), (above, False)):
+        assert certificate.robust_at(eps).tolist() == [robust, False]
+    together = from_logits(logits, dataclasses.replace(near, others=(far,)))
+    assert together.radius.tolist() == pytest.approx([0.4, 0.4])
+    assert together.robust_at(above).all()
+    assert not together.robust_at(0.4001).any()
+
+
+def test_a_drop_is_strict_and_rounded_up():
+    """A margin that is its drop is no proof of the whole ball."""
+    margin = math.nextafter(1.0, 0)  # what is left of 1 - 0 after rounding down
+    for fall, whole in ((margin, False), (math.nextafter(margin, 0), False), (0.999, True)):
+        constants = MarginConstants(
+            lambda labels: torch.full((1, 2), 4.0),
+            *(2, lc.Kind.UPPER),
+            batch=1,
+            valid_radius=torch.tensor([3.0]),
+            drop=lambda labels, fall=fall: torch.full((1, 2), fall),
+        )
+        certificate = from_logits(torch.tensor([[1.0, 0.0]]), constants)
+        assert certificate.radius.item() == pytest.approx(3 if whole else 0.25)
+        assert certificate.robust_at(2.9).item() == whole
+
+
+def with_broken_member(place, bad):
+    """Radii, and robustness within 1e-9 and 0.2, where one of two samples has a broken member.
+
+    The other sample's member proves a ball of 0.3. A first member that is whole proves 0.04.
+    """
+    given = {
+        "row": torch.ones(2, 2),
+        "drop": 0.5 * torch.ones(2, 2),
+        "valid": torch.tensor([0.3, 0.3]),
+        "logits": torch.tensor([[4.0, 0.0], [4.0, 0.0]]),
+    }
+    given[place][0] = torch.tensor([4.0, bad]) if place == "logits" else bad
+    member = MarginConstants(
+        lambda labels: given["row"],
+        *(2, lc.Kind.UPPER),
+        batch=2,
+        valid_radius=given["valid"],
+        drop=lambda labels: given["drop"],
+    )
+    weak = MarginConstants(lambda labels: 100 * torch.ones(2, 2), 2, lc.Kind.UPPER)
+    for constants in (member, dataclasses.replace(weak, others=(member,))):
+        certificate = from_logits(given["logits"], constants)
+        robust = [certificate.robust_at(eps).tolist() for eps in (1e-9, 0.2)]
+        assert certificate.radius[1] == pytest.approx(0.3)
+        assert all(r[1] for r in robust)
+        yield certificate.radius[0].item(), [r[0] for r in robust]
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF])
+def test_broken_constants_of_a_member_prove_nothing(bad):
+    alone, beside = with_broken_member("row", bad)
+    assert alone == (0, [False, False])
+    assert beside == (pytest.approx(0.04), [True, False])
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF, -INF])
+def test_broken_logits_prove_nothing_with_any_member(bad):
+    assert list(with_broken_member("logits", bad)) == [(0, [False, False])] * 2
+
+
+def test_an_infinite_drop_leaves_the_constant():
+    assert list(with_broken_member("drop", INF)) == [(pytest.approx(0.3), [True, True])] * 2
+
+
+@pytest.mark.xfail(strict=True, reason="radii do without a drop that is NaN, robust_at() does not")
+def test_radii_and_robustness_agree_on_drops_that_are_no_numbers():
+    for radius, robust in with_broken_member("drop", math.nan):
+        assert robust == [radius > 1e-9, radius > 0.2]
+
+
+@pytest.mark.xfail(strict=True, reason="the radius is NaN as well")
+def test_balls_that_are_no_numbers_prove_nothing():
+    alone, beside = with_broken_member("valid", math.nan)
+    assert alone == (0, [False, False])
+    assert beside == (pytest.approx(0.04), [True, False])
+
+
+class Shrinking(Bound):
+    """A stand-in whose constant grows with the ball: K = 1 + eps^2 around each sample."""
+
+    local = True
+
+    def __init__(self, graph, start):
+        super().__init__(graph)
+        self.start, self.asked = start, []
+
+    def forward(self, x=None, eps=None, index=None):
+        eps = torch.as_tensor(self.start if eps is None else eps).expand(len(x)).double()
+        self.asked.append(eps)
+        K = (1 + eps.square())[:, None].expand(-1, self.classes)
+        return MarginConstants(
+            lambda labels: K, self.classes, lc.Kind.UPPER, batch=len(x), valid_radius=eps
+        )
+
+
+@pytest.mark.parametrize("start", [1e-3, 0.1, 0.7, 30.0])
+def test_bisections_find_the_largest_ball_that_proves_itself(start):
+    """margin = (1 + r^2) r has one root r: below it a ball proves itself, above it does not."""
+    net = nn.Linear(1, 2, bias=False)
+    net.weight.data = torch.tensor([[1.0], [0.0]])
+    x = torch.tensor([[0.01], [0.4], [2.0], [100.0], [0.0], [-3.0]])
+    margin = x.abs().flatten().numpy()
+    cubics = [np.roots([1, 0, 1, -m]) for m in margin]
+    roots = np.array([c.real[np.abs(c.imag) < 1e-9].max() for c in cubics])
+    before = None
+    for bisections in (0, 1, 2, 5, 60):
+        bound = Shrinking(lc.trace(net, (1,)), start)
+        certificate = lc.certify(net, x, bound=bound, bisections=bisections)
+        radius = certificate.radius.numpy()
+        assert len(bound.asked) == bisections + 1
+        assert (radius <= roots * (1 + 1e-12)).all()
+        # What is claimed is what the ball of the claim proves, and within it.
+        (claim,) = certificate.claims
+        assert (radius <= claim.valid_radius.numpy()).all()
+        K = 1 + claim.valid_radius.square()
+        torch.testing.assert_close(claim.constants.amax(1), K)
+        assert (radius * K.numpy() <= margin * (1 + 1e-15)).all()
+        for r in radius[radius > 0]:
+            assert certificate.robust_at(r * (1 - 1e-12))[torch.tensor(radius == r)].all()
+            assert not certificate.robust_at(r * (1 + 1e-12))[torch.tensor(radius == r)].any()
+        if before is not None:
+            assert (radius >= before).all()
+        before = radius
+    np.testing.assert_allclose(radius, roots, rtol=1e-9, atol=1e-12)
+
+
+def test_bisections_of_each_batch_count_their_failures():
+    class Risky(Shrinking):
+        def forward(self, x=None, eps=None, index=None):
+            made = super().forward(x, eps)
+            return dataclasses.replace(made, kind=lc.Kind.PROBABILISTIC, failure=1e-3)
+
+    net = nn.Linear(1, 2, bias=False)
+    bound = Risky(lc.trace(net, (1,)), 0.1)
+    found = lc.certify(net, torch.rand(5, 1), bound=bound, bisections=4, batch_size=2)
+    assert found.failure == pytest.approx(3 * 5 * 1e-3)
+    assert found.kind is lc.Kind.PROBABILISTIC
+
+
+def test_samples_of_other_precisions_and_no_samples_are_refused_by_local_bounds(mlp):
+    net, bound = mlp
+    near = lc.Product(bound.graph, region=lc.L2Ball(0.1))
+    for local in (near, lc.LipLT(bound.graph, region=lc.L2Ball(0.1)), lc.tightest(near, bound)):
+        with pytest.raises(lc.LipcertError, match=r"float32 or float64: x.float\(\)"):
+            lc.certify(net, torch.rand(2, 6).half(), bound=local)
+        with pytest.raises(lc.LipcertError, match="no samples to certify"):
+            lc.certify(net, torch.rand(0, 6), bound=local)
+        assert len(lc.certify(net, torch.rand(1, 6), bound=local)) == 1
 
 
 def test_radii_are_in_the_units_of_the_input():

@@ -180,6 +180,82 @@ def test_radii_are_the_largest_of_the_members():
         assert (radii[0] != radii[1]).any()
 
 
+# ---------------------------------------------------------------- balls of different radii
+
+
+def around(graph, *radii):
+    """A global bound and local ones, each in a ball of its own."""
+    kinds = lc.Product, lc.LipLT
+    local = [kinds[i % 2](graph, region=lc.L2Ball(r)) for i, r in enumerate(radii)]
+    return [lc.LipLT(graph), *local]
+
+
+@pytest.mark.parametrize("name", ["mlp", "branches"])
+def test_each_member_counts_in_its_own_ball(name):
+    graph = traced(name)
+    x, wanted = torch.randn(4, *graph.input_shape), torch.tensor([0, 1, 2, 0])
+    members = around(graph, 0.03, 0.3, 1.0)
+    best = lc.tightest(*members)
+    made, said = best(x), [m(x) for m in members]
+    assert [torch.as_tensor(m.valid_radius).amax().item() for m in made.members()] == [
+        float("inf"), 0.03, 0.3, 1.0,
+    ]  # fmt: skip
+    for eps in (0.01, 0.03, 0.031, 0.3, 0.31, 1.0, 1.1):
+        rows = [said[0].row(wanted).expand(4, -1)]
+        for member, constants in zip(members[1:], said[1:], strict=True):
+            if member.region.eps >= eps:
+                rows.append(torch.minimum(constants.row(wanted), constants.drop(wanted) / eps))
+        torch.testing.assert_close(made.within(wanted, eps), torch.stack(rows).amin(0))
+
+
+@pytest.mark.parametrize("name", ["mlp", "branches"])
+def test_radii_are_the_largest_for_each_class_then_the_least(name):
+    graph = traced(name)
+    net, x = graph.model, torch.randn(12, *graph.input_shape)
+    members = around(graph, 0.02, 0.1, 0.6)
+    certificate = lc.certify(net, x, bound=lc.tightest(*members))
+    alone = [lc.certify(net, x, bound=m) for m in members]
+    each = torch.stack([c.claims[0].radii(c.margins) for c in alone])
+    for claim, radius in zip(alone, (float("inf"), 0.02, 0.1, 0.6), strict=True):
+        assert (claim.radius <= radius).all()
+    torch.testing.assert_close(certificate.radius, each.amax(0).amin(1), rtol=1e-12, atol=0)
+    for eps in (0.0199, 0.02, 0.0201, 0.1, 0.1001, 0.6, 0.6001):
+        kept = torch.stack([c.claims[0].kept_at(c.margins, eps) for c in alone])
+        assert torch.equal(certificate.robust_at(eps), kept.any(0).all(1))
+
+
+def test_other_radii_are_those_of_all_local_members():
+    graph = traced()
+    x, eps = torch.randn(3, 6), torch.tensor([0.05, 0.5, 2.0])
+    best = lc.tightest(*around(graph, 0.02, 0.1))
+    first, *others = best(x, eps).members()
+    assert first.valid_radius == float("inf")
+    for member in others:
+        assert torch.equal(member.valid_radius, eps)
+    values = [m.lipschitz(x, eps).value for m in around(graph, 0.02, 0.1)[1:]]
+    whole = lc.LipLT(graph).lipschitz().value.expand(3)
+    torch.testing.assert_close(
+        best.lipschitz(x, eps).value, torch.stack([whole, *values]).amin(0), rtol=1e-9, atol=0
+    )
+
+
+def test_members_that_are_all_local():
+    """The first has no ball beyond its own either."""
+    graph = traced()
+    net, x = graph.model, torch.randn(6, 6)
+    best = lc.tightest(*around(graph, 0.02, 0.1)[1:])
+    certificate = lc.certify(net, x, bound=best)
+    assert (certificate.radius <= 0.1).all()
+    assert not certificate.robust_at(0.1001).any()
+    assert best(x).within(torch.zeros(6, dtype=torch.long), 0.11).isinf().all()
+    assert best(x).batch == 6
+    with pytest.raises(lc.LipcertError, match="give them"):
+        best()
+    wider = lc.certify(net, x, bound=best, bisections=6)
+    assert (wider.radius >= certificate.radius).all()
+    assert (wider.radius > 0.1).any()
+
+
 # ---------------------------------------------------------------- the module
 
 

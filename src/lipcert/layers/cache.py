@@ -34,13 +34,17 @@ class Cache(Generic[T]):
             make: Makes the value.
             settings: What else it depends on, such as the shape of an input.
         """
+        if torch.compiler.is_compiling():
+            return make()
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in made_of)
         unversioned = any(t.is_inference() for t in made_of)
-        if torch.compiler.is_compiling() or differentiable or unversioned:
+        if differentiable or unversioned:
             return make()
         versions = tuple((t._version, t.data_ptr(), t.dtype) for t in made_of), settings
         same = len(made_of) == len(self._made_of) and all(map(operator.is_, made_of, self._made_of))
         if self._value is None or not same or versions != self._versions:
-            self._value = make()
+            # What is made in inference mode is of no use outside.
+            with torch.inference_mode(False), torch.no_grad():
+                self._value = make()
             self._made_of, self._versions = tuple(made_of), versions
         return self._value

@@ -15,6 +15,7 @@ from lipcert.losses.crm import boosted_cross_entropy, crm, crm_max
 from lipcert.losses.decay import ConstantDecay
 from lipcert.losses.emma import emma
 from lipcert.losses.gloro import gloro, gloro_trades
+from lipcert.losses.hinge import hinge
 from lipcert.losses.hkr import hkr
 from lipcert.losses.lmt import lmt
 from lipcert.losses.local_lip import local_lip
@@ -41,6 +42,7 @@ __all__ = [
     "emma",
     "gloro",
     "gloro_trades",
+    "hinge",
     "hkr",
     "label",
     "lmt",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from lipcert.errors import LipcertError
 from lipcert.recipe import Recipe
-from lipcert.recipes import baselines, bcp, cll, crm, local_lip
+from lipcert.recipes import baselines, bcp, cll, crm, local_lip, one_lipschitz
 from lipcert.recipes.digits import gloro_digits, lmt_digits
 from lipcert.recipes.mnist import gloro_mnist, lmt_mnist
 from lipcert.recipes.svhn import lmt_svhn, lmt_svhn_average, lmt_svhn_batch
@@ -28,6 +28,8 @@ _RECIPES: dict[str, Callable[[], Recipe]] = {
         *(cll.cll_moons, cll.gloro_moons, cll.cll_digits),
         *(cll.cll_cifar10_c4f3, cll.cll_cifar10_c6f2, cll.gloro_cifar10_c4f3),
         *(cll.cll_tiny, cll.cll_tiny_slack),
+        *(one_lipschitz.cll_cpl, one_lipschitz.cll_sll, one_lipschitz.cll_soc),
+        *(one_lipschitz.cpl, one_lipschitz.sll, one_lipschitz.soc),
     )
 }
 

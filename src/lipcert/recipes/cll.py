@@ -28,8 +28,8 @@ from lipcert.recipes.local_lip import SMALL_RADII
 from lipcert.recipes.parts import adam, product_by_power_iteration
 from lipcert.schedules import Constant, Cosine, Polynomial, Steps
 
-_POSTER = "the authors' poster, in github.com/mlosch/CLL"
-_READ = "read on the poster"
+POSTER = "the authors' poster, in github.com/mlosch/CLL"
+READ = "read on the poster"
 RADII_CLL = (*SMALL_RADII, "0.15", "1")
 
 
@@ -67,8 +67,8 @@ def cll_moons() -> Recipe:
         radii=("0.1", "0.15"),
         seed=123,
         published=(
-            Published("CRA at 0.15, training points", 0.999, _POSTER, _READ),
-            Published("the same with slack 0.25", 0.988, _POSTER, _READ),
+            Published("CRA at 0.15, training points", 0.999, POSTER, READ),
+            Published("the same with slack 0.25", 0.988, POSTER, READ),
         ),
     )
 
@@ -211,7 +211,7 @@ def cll_tiny() -> Recipe:
     )
     numbers = {"clean accuracy": 0.335, "CRA at 36/255": 0.253, "CRA at 72/255": 0.190}
     numbers["CRA at 108/255"] = 0.138
-    published = tuple(Published(k, v, _POSTER, _READ) for k, v in numbers.items())
+    published = tuple(Published(k, v, POSTER, READ) for k, v in numbers.items())
     return dataclasses.replace(recipe, published=published)
 
 

@@ -2,9 +2,13 @@
 
 from lipcert.rules import (
     affine,
+    aol,
     arithmetic,
     one_lipschitz,
+    orthogonal,
+    pairs,
     piecewise,
+    potential,
     resampling,
     smooth,
     structural,
@@ -15,9 +19,13 @@ from lipcert.rules.registry import refuse, rule
 
 __all__ = [
     "affine",
+    "aol",
     "arithmetic",
     "one_lipschitz",
+    "orthogonal",
+    "pairs",
     "piecewise",
+    "potential",
     "refuse",
     "resampling",
     "rule",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
 from lipcert.graph import Box, Concat, Lipschitz, Node, node, topological
-from lipcert.layers import Householder, MaxMin
+from lipcert.layers import MaxMin
 from lipcert.linear_kinds import Index
 from lipcert.linear_map import Shape
 from lipcert.rules.affine import per_axis
@@ -35,45 +35,11 @@ def sorted_pairs(module: MaxMin, x: Node) -> Lipschitz:
 
     def needs(outputs: Tensor) -> Tensor:
         either = torch.maximum(*outputs.chunk(2, 1))
+        if module.adjacent:
+            return either.repeat_interleave(2, 1)
         return torch.cat([either, either], 1)
 
     return Lipschitz(module, x.shape, lambda: 1.0, monotone(module), needs=needs)
-
-
-@rule(Householder)
-def _householder(module: Householder, x: Node) -> Lipschitz:
-    """Each output is the smaller (or the larger) of two linear functions of its pair."""
-
-    def image(lower: Tensor, upper: Tensor) -> Box:
-        angle = module.angle.view(-1, *(1,) * (lower.ndim - 2)).to(lower)
-        first, second = zip(lower.chunk(2, 1), upper.chunk(2, 1), strict=True)
-        turned = _weighted(first, angle.cos(), second, angle.sin())
-        mirrored = _weighted(first, angle.sin(), second, -angle.cos())
-        smaller = (angle / 2).sin() > 0, (angle / 2).cos() < 0
-        a = _piece_by_piece(first, turned, smaller[0])
-        b = _piece_by_piece(second, mirrored, smaller[1])
-        return torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]], 1)
-
-    return Lipschitz(module, x.shape, lambda: 1.0, image)
-
-
-def _weighted(a: Box, p: Tensor, b: Box, q: Tensor) -> Box:
-    """The interval of p a + q b, with 0 * inf = 0."""
-    ends = [
-        [torch.where(weight == 0, 0, weight * end) for end in box]
-        for box, weight in ((a, p), (b, q))
-    ]
-    (low, high), (more_low, more_high) = ((torch.minimum(*e), torch.maximum(*e)) for e in ends)
-    return low + more_low, high + more_high
-
-
-def _piece_by_piece(a: Box, b: Box, smaller: Tensor) -> Box:
-    """An interval of the smaller (or the larger) of two numbers, from their intervals."""
-    low, high = (
-        torch.where(smaller, torch.minimum(s, t), torch.maximum(s, t))
-        for s, t in zip(a, b, strict=True)
-    )
-    return low, high
 
 
 def _shares(n: int, pool: Callable[[Tensor], Tensor]) -> int:
