@@ -559,13 +559,11 @@ def test_an_infinite_drop_leaves_the_constant():
     assert list(with_broken_member("drop", INF)) == [(pytest.approx(0.3), [True, True])] * 2
 
 
-@pytest.mark.xfail(strict=True, reason="radii do without a drop that is NaN, robust_at() does not")
 def test_radii_and_robustness_agree_on_drops_that_are_no_numbers():
     for radius, robust in with_broken_member("drop", math.nan):
         assert robust == [radius > 1e-9, radius > 0.2]
 
 
-@pytest.mark.xfail(strict=True, reason="the radius is NaN as well")
 def test_balls_that_are_no_numbers_prove_nothing():
     alone, beside = with_broken_member("valid", math.nan)
     assert alone == (0, [False, False])

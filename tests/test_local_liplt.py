@@ -93,7 +93,6 @@ def test_every_node_is_capped_by_the_global_bound(name, progressive):
             assert (reached.kind, reached.failure) == (lc.Kind.UPPER, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="nodes between ends count as in the product bound")
 def test_prefixes_between_ends_are_capped_by_the_global_ones():
     graph = traced("resnet")
     x = torch.randn(2, *graph.input_shape)
@@ -211,7 +210,6 @@ def test_iterated_constants_approach_the_exact_ones():
         torch.testing.assert_close(value, exact.lipschitz(x).value, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="iterated constants of samples have no cap")
 def test_iterated_constants_are_capped_too():
     graph = traced("residual")
     x, region = torch.randn(8, 6), lc.L2Ball(0.2, progressive=False)

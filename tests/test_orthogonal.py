@@ -337,6 +337,9 @@ def test_centering_subtracts_the_batch_in_training_and_what_it_kept_in_evaluatio
     layer.eval()
     torch.testing.assert_close(layer(x), x - 0.25 * mean[:, None])
     torch.testing.assert_close(layer.mean, 0.25 * mean)
+    layer.bias.data.normal_()
+    graph = lc.trace(layer, (3, 4))
+    torch.testing.assert_close(graph.values(x)[graph.output], layer(x))
     assert float(lc.lipschitz(layer, (3, 4))) == 1
 
 

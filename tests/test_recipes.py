@@ -27,12 +27,14 @@ SHAPES = {  # some smaller than the pictures, for speed
 
 SMALLER = {"ylecun/mnist": (1, 12, 12), "uoft-cs/cifar10": (3, 12, 12)}  # for local bounds
 
-_TINY = {"size": models.PotentialSize(depth=2, channels=6, dense=1, width=8)}
+_SIZE = models.PotentialSize(depth=2, channels=6, dense=1, width=8)
 SMALL_NETS = {  # where the published ones have hundreds of millions of parameters
-    **dict.fromkeys(
-        ("cll-cifar100-cpl", "cpl-cifar100", "cll-cifar100-sll", "sll-cifar100"), _TINY
-    ),
-    **dict.fromkeys(("cll-cifar100-soc", "soc-cifar100"), {"blocks": 1, "channels": 4}),
+    "cll-cifar100-cpl": {"size": _SIZE},
+    "cpl-cifar100": {"size": _SIZE},
+    "cll-cifar100-sll": {"size": _SIZE},
+    "sll-cifar100": {"size": _SIZE},
+    "cll-cifar100-soc": {"blocks": 1, "channels": 4},
+    "soc-cifar100": {"blocks": 1, "channels": 4},
 }
 
 

@@ -218,7 +218,6 @@ def test_numbers_beyond_the_samples_are_not_kept(tmp_path):
     assert torch.equal(vectors.load("b", numbers(6, 1000), start), start)
 
 
-@pytest.mark.xfail(strict=True, reason="-1 is taken for the last sample with room")
 def test_negative_numbers_are_no_other_samples(tmp_path):
     """-1 must not be the last sample."""
     vectors, start = kept("memory", tmp_path), torch.zeros(1, 4)
@@ -228,7 +227,6 @@ def test_negative_numbers_are_no_other_samples(tmp_path):
         vectors.load("b", numbers(-1), start)
 
 
-@pytest.mark.xfail(strict=True, reason="their count is not looked at")
 @pytest.mark.parametrize("count", [1, 3])
 def test_as_many_numbers_as_samples(count):
     bound = clipped(lc.SampleVectors(4))
@@ -236,7 +234,6 @@ def test_as_many_numbers_as_samples(count):
         bound(torch.randn(2, 6), index=torch.arange(count))
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="vectors of no size")
 def test_networks_without_affine_maps_have_nothing_to_keep():
     graph = lc.trace(nn.Sequential(MaxMin()), (4,))
     bound = lc.Product(

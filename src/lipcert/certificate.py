@@ -197,7 +197,9 @@ def _claim(constants: MarginConstants, prediction: Tensor, itself: Tensor) -> Cl
     if constants.drop is not None:
         drops = constants.drop(prediction).to("cpu", torch.float64)
         drops = torch.nextafter(drops, _UP).masked_fill(itself, 0)
+    rows = rows.where(~drops.isnan(), math.inf)  # what is no number proves nothing
     valid = torch.as_tensor(constants.valid_radius, dtype=torch.float64).cpu()
+    valid = valid.where(~valid.isnan(), 0)
     return Claim(rows, drops, valid.expand(len(rows)))
 
 

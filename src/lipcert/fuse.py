@@ -4,11 +4,9 @@ Every rewriting keeps the function of the graph; a fused map is never looser tha
 its norm is exact.
 """
 
-from collections.abc import Callable
-
 import torch
 
-from lipcert.graph import Affine, Concat, Node, Sum, topological
+from lipcert.graph import Affine, Concat, KnownNorm, Node, Sum, topological
 from lipcert.kinds import Constant, weakest
 from lipcert.linear_kinds import identity
 from lipcert.linear_map import Add, Composition, LinearMap, Stack
@@ -50,22 +48,21 @@ def _chain(first: Node, then: Node) -> Node:
 
     has_bias = a.bias is not None or b.bias is not None
     name = "+".join(n for n in (first.name, then.name) if n)
-    op = Affine(map, bias if has_bias else None, _norm_of_chain(a, b))
+    op = Affine(map, bias if has_bias else None, _known_of_chain(a.known, b.known))
     return Node(op, first.inputs, then.shape, name)
 
 
-def _norm_of_chain(a: Affine, b: Affine) -> Callable[[], Constant] | None:
-    """The product of the norms that the layers know, where both know one."""
-    if a.norm is None or b.norm is None:
+def _known_of_chain(a: KnownNorm | None, b: KnownNorm | None) -> KnownNorm | None:
+    """The product of the norms that two layers know, if both know one."""
+    if a is None or b is None:
         return None
-    first, then = a.norm, b.norm
 
-    def norm() -> Constant:
-        c, d = first(), then()
-        kind, failure = weakest((c.kind, d.kind)), min(1.0, c.failure + d.failure)
-        return Constant(c.value * d.value.to(c.value), kind, failure)
+    def proved() -> Constant:
+        first, then = a.proved(), b.proved()
+        kind, failure = weakest((first.kind, then.kind)), min(1.0, first.failure + then.failure)
+        return Constant(first.value * then.value.to(first.value), kind, failure)
 
-    return norm
+    return KnownNorm(proved, lambda: a.about() * b.about())
 
 
 def _push(map: LinearMap, value: torch.Tensor) -> torch.Tensor:

@@ -26,19 +26,31 @@ class Input:
 
 
 @dataclass(frozen=True, eq=False)
+class KnownNorm:
+    """What a layer knows of the L2 norm of its map.
+
+    Attributes:
+        proved: Gives a bound with what it claims, for less than a strategy takes.
+        about: Gives what training leads to, for nothing; used while vectors are iterated.
+    """
+
+    proved: Callable[[], Constant]
+    about: Callable[[], float] = lambda: 1.0
+
+
+@dataclass(frozen=True, eq=False)
 class Affine:
     """x -> A x + bias.
 
     Attributes:
         map: Gives A with the weights as they are now.
         bias: Gives the bias, which broadcasts to the output's shape; None for no bias.
-        norm: Gives a proven bound on the L2 norm of A at little cost, for layers that are made with
-            one; None where a strategy has to find it.
+        known: What the layer knows of |A|; None where a strategy has to find it.
     """
 
     map: Callable[[], LinearMap]
     bias: Callable[[], Tensor] | None = None
-    norm: Callable[[], Constant] | None = None
+    known: KnownNorm | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import torch
+
 from lipcert.graph import Affine
-from lipcert.kinds import Constant
+from lipcert.kinds import Constant, Kind
 from lipcert.linear_map import Generic, LinearMap
 from lipcert.spectral import Strategy
 
@@ -14,16 +16,18 @@ def affine_norm(op: Affine, norm: Strategy) -> Constant:
     Where the map has parts of unknown structure the strategy is not asked: it could only try all
     unit vectors, which costs far more than such a bound is worth.
     """
-    known = known_norm(op, norm)
+    known = op.known.proved() if op.known is not None and norm.p == 2 else None
     if known is not None and _has_generic_parts(op.map()):
         return known
     found = norm(op.map())
     return found if known is None or found.value <= known.value.to(found.value) else known
 
 
-def known_norm(op: Affine, norm: Strategy) -> Constant | None:
-    """What the layer knows of its norm in L2; None if that is nothing."""
-    return op.norm() if op.norm is not None and norm.p == 2 else None
+def expected_norm(op: Affine) -> Constant | None:
+    """An estimate that costs nothing, of layers that know their norm: nothing is to be iterated."""
+    if op.known is None:
+        return None
+    return Constant(torch.tensor(op.known.about(), dtype=torch.float64), Kind.ESTIMATE)
 
 
 def _has_generic_parts(map: LinearMap) -> bool:

@@ -36,6 +36,7 @@ from lipcert.bounds.margin import (
 from lipcert.bounds.paths import Paths, rows_at_sources
 from lipcert.bounds.reach import product_from, radius, reached_by_norms
 from lipcert.bounds.steps import Step
+from lipcert.bounds.tightest import least
 from lipcert.errors import LipcertError
 from lipcert.graph import Graph, Lipschitz, Node, Slope
 from lipcert.kinds import Constant, Kind
@@ -140,12 +141,20 @@ class LipLT(Bound):
         """A Lipschitz constant of the function from the input to a node, see `Bound`."""
         target = self.graph.node(upto) if isinstance(upto, str) else upto
         with evaluating(self.graph):
-            if self.region is not None:
-                return self._around(x, eps).reached(target)
-            if isinstance(self.norm, Iterative) and target in self._whole.ends:
-                return self._iterated(self._whole)[target]
-            paths = _upto(self.graph, self._inner, target)
-            return reached_by_norms(self.graph, paths, self.norm, self.joint)[target]
+            if self.region is None:
+                return self._prefix(target)
+            found = self._around(x, eps).reached(target)
+            if isinstance(self.norm, Iterative) or target in self._whole.ends:
+                return found
+            # Between the ends of paths it goes on as the product bound does.
+            return least([found, self._once(target, lambda: self._prefix(target))])
+
+    def _prefix(self, target: Node) -> Constant:
+        """The global one."""
+        if isinstance(self.norm, Iterative) and target in self._whole.ends:
+            return self._iterated(self._whole)[target]
+        paths = _upto(self.graph, self._inner, target)
+        return reached_by_norms(self.graph, paths, self.norm, self.joint)[target]
 
     def prefixes(self) -> dict[Node, Constant]:
         """The bounds of sub-networks that come along.

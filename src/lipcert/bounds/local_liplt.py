@@ -7,6 +7,7 @@ than the sources shrink, so what reaches a node is never taken above the global 
 Reference: arXiv 2310.00116 (LipLT) with the boxes of arXiv 2111.01395 (Local-Lip).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
@@ -65,7 +66,8 @@ class LocalLipLT:
     def reached(self, n: Node) -> Constant:
         """The bound from the input to a node; `value` has shape `(b,)`."""
         if n not in self._known and self._iterated is not None and n in self._paths.ends:
-            self._known.update(self._iterated(self._steps_upto(self._graph.output)))
+            found = self._iterated(self._steps_upto(self._graph.output))
+            self._known.update({end: self._capped(end, c) for end, c in found.items()})
         if n not in self._known:
             self._known[n] = self._reached(n)
         return self._known[n]
@@ -78,6 +80,11 @@ class LocalLipLT:
     def boxed(self) -> list[BoxedEnd]:
         """The terms of the logits, each with its box."""
         return boxed(self.around, self.reached)
+
+    def _capped(self, n: Node, found: Constant) -> Constant:
+        """No more than the global estimate."""
+        whole = self._everywhere(n).value.to(found.value)
+        return dataclasses.replace(found, value=torch.minimum(found.value, whole))
 
     def _reached(self, n: Node) -> Constant:
         whole = self._everywhere(n)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lipcert.bounds.affine_norm import affine_norm, known_norm
+from lipcert.bounds.affine_norm import affine_norm, expected_norm
 from lipcert.bounds.ends import End, margins, single_logits
 from lipcert.bounds.local_ends import local_logits, local_margins
 from lipcert.bounds.local_product import LocalProduct, iterated_norms
@@ -272,8 +272,8 @@ class Product(Bound):
         if not isinstance(self.norm, Iterative):
             op = n.op
             return self._once(n, lambda: affine_norm(op, self.norm))
-        if self.region is None and (known := known_norm(n.op, self.norm)) is not None:
-            return known  # nothing to iterate for
+        if self.region is None and (expected := expected_norm(n.op)) is not None:
+            return expected
         name = self._buffer_of[n]
         map = simplify(n.op.map())
         vectors = getattr(self, name).to(map.like)  # of the precision that the network has now

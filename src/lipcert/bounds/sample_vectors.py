@@ -43,7 +43,7 @@ class SampleVectors:
     def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Makes room for vectors of these shapes by name; called by the bound that uses them."""
         bytes_each = self.dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
-        self.capacity = min(self.samples, self.limit // bytes_each)
+        self.capacity = min(self.samples, self.limit // max(1, bytes_each))
         for name, shape in shapes.items():
             size = (self.capacity, *shape)
             if isinstance(self.where, Path):
@@ -59,8 +59,12 @@ class SampleVectors:
     def load(
         self, name: str, index: Int[Tensor, " b"], start: Float[Tensor, "b ..."]
     ) -> Float[Tensor, "b ..."]:
-        """The vectors of the samples, `start` for those that have none."""
-        index = index.cpu()
+        """The vectors of the samples, `start` for those that have none.
+
+        Raises:
+            LipcertError: As many numbers as samples are needed, none of them negative.
+        """
+        index = _checked(index, len(start))
         inside = index < self.capacity
         inside &= self._known[name][index.where(inside, 0)] if self.capacity else inside
         if not inside.any():
@@ -72,10 +76,23 @@ class SampleVectors:
         return found
 
     def store(self, name: str, index: Int[Tensor, " b"], rows: Float[Tensor, "b ..."]) -> None:
-        """Keeps the vectors of the samples, as far as there is room."""
-        index = index.cpu()
+        """Keeps the vectors of the samples, as far as there is room.
+
+        Raises:
+            LipcertError: As for `load`.
+        """
+        index = _checked(index, len(rows))
         places = (index < self.capacity).nonzero()[:, 0]
         if len(places):
             kept = self._kept[name]
             kept[index[places].to(kept.device)] = rows[places.to(rows.device)].to(kept)
             self._known[name][index[places]] = True
+
+
+def _checked(index: Int[Tensor, " n"], count: int) -> Int[Tensor, " n"]:
+    if index.shape != (count,) or bool((index < 0).any()):
+        raise LipcertError(
+            f"index holds {index.tolist()[:5]}, in all {index.numel()} numbers, for {count} "
+            "samples: give each sample's number in the data set, from 0."
+        )
+    return index.cpu()

@@ -10,7 +10,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lipcert.convolution import convolution
 from lipcert.errors import LipcertError
-from lipcert.graph import Affine, Node
+from lipcert.graph import Affine, KnownNorm, Node
+from lipcert.kinds import Constant, Kind
 from lipcert.layers import Normalize, RecordingBatchNorm2d
 from lipcert.linear_kinds import Dense, Scale
 from lipcert.linear_map import LinearMap
@@ -211,7 +212,11 @@ def _normalize(module: Normalize, x: Node) -> Affine:
     def map() -> LinearMap:
         return Scale(x.shape, x.shape, 1 / module.std.reshape(column))
 
-    return Affine(map, lambda: (-module.mean / module.std).reshape(column))
+    def proved() -> Constant:
+        return Constant((1 / module.std.double()).abs().max(), Kind.UPPER)
+
+    known = KnownNorm(proved, lambda: float(proved()))
+    return Affine(map, lambda: (-module.mean / module.std).reshape(column), known)
 
 
 @rule(F.pad)

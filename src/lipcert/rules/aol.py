@@ -1,7 +1,7 @@
 """Rules of almost-orthogonal layers: linear maps that know their norm."""
 
 from lipcert.convolution import convolution
-from lipcert.graph import Affine, Node
+from lipcert.graph import Affine, KnownNorm, Node
 from lipcert.layers import AOLConv2d, AOLLinear
 from lipcert.linear_kinds import Dense
 from lipcert.linear_map import LinearMap
@@ -14,7 +14,7 @@ def _linear(module: AOLLinear, x: Node) -> Affine:
         matrix = module.matrix()
         return Dense(x.shape, (*x.shape[:-1], len(matrix)), matrix)
 
-    return Affine(map, attribute(module, "bias"), module.constant)
+    return Affine(map, attribute(module, "bias"), KnownNorm(module.constant))
 
 
 @rule(AOLConv2d)
@@ -26,4 +26,4 @@ def _convolution(module: AOLConv2d, x: Node) -> Affine:
 
     bias = attribute(module, "bias")
     shift = None if bias is None else Live(lambda: bias()[:, None, None])
-    return Affine(map, shift, module.constant)
+    return Affine(map, shift, KnownNorm(module.constant))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lipcert.convolution import convolution
 from lipcert.errors import LipcertError
-from lipcert.graph import Affine, Box, Lipschitz, Node
+from lipcert.graph import Affine, Box, KnownNorm, Lipschitz, Node
 from lipcert.layers import (
     BatchCentering,
     BjorckConv2d,
@@ -28,7 +28,7 @@ from lipcert.rules.structural import copying
 
 @rule(BjorckLinear, CholeskyLinear)
 def _linear(module: OrthogonalLinear, x: Node) -> Affine:
-    return Affine(_dense(module, x), attribute(module, "bias"), norm=module.constant)
+    return Affine(_dense(module, x), attribute(module, "bias"), known=KnownNorm(module.constant))
 
 
 @rule(LastLayerNormalized)
@@ -44,7 +44,7 @@ def _dense(module: OrthogonalLinear | LastLayerNormalized, x: Node) -> Callable[
 @rule(BjorckConv2d)
 def _bjorck(module: BjorckConv2d, x: Node) -> Affine:
     map = _convolution(module, x, module.stride, module.padding)
-    return Affine(map, _column(module), norm=module.constant)
+    return Affine(map, _column(module), known=KnownNorm(module.constant))
 
 
 @rule(LinearResidualConv2d)
@@ -63,7 +63,7 @@ def _convolution(
 def _soc(module: SOCConv2d, x: Node) -> Affine:
     height, width = (n // module.stride for n in x.shape[1:])
     map = Generic(x.shape, (module.out_channels, height, width), module.linear)
-    return Affine(lambda: map, _column(module), norm=module.constant)
+    return Affine(lambda: map, _column(module), known=KnownNorm(module.constant))
 
 
 def _column(module: nn.Module) -> Callable[[], Tensor] | None:
@@ -76,7 +76,7 @@ def _column(module: nn.Module) -> Callable[[], Tensor] | None:
 def _centering(module: BatchCentering, x: Node) -> Affine:
     column = (-1, *(1,) * (len(x.shape) - 1))
     same = copying(lambda t: t, x)
-    return Affine(same.map, lambda: (module.bias - module.mean).reshape(column), same.norm)
+    return Affine(same.map, lambda: (module.bias - module.mean).reshape(column), same.known)
 
 
 @rule(FitChannels)

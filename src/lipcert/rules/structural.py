@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
-from lipcert.graph import Affine, Concat, Input, Node, node
+from lipcert.graph import Affine, Concat, Input, KnownNorm, Node, node
 from lipcert.kinds import Constant, Kind
 from lipcert.linear_kinds import Index, identity
 from lipcert.linear_map import LinearMap
@@ -41,8 +41,8 @@ def copying(fn: Callable[[Tensor], Tensor], x: Node) -> Affine:
         raise LipcertError("it mixes the samples of the batch; keep the first axis as it is")
     index = Index(x.shape, tuple(first.shape), first - 1)
     norm = math.sqrt(int(index.copies().max())) if index.in_size else 0.0
-    known = Constant(torch.tensor(norm, dtype=torch.float64), Kind.UPPER)
-    return Affine(lambda: index, norm=lambda: known)
+    proved = Constant(torch.tensor(norm, dtype=torch.float64), Kind.UPPER)
+    return Affine(lambda: index, known=KnownNorm(lambda: proved, lambda: norm))
 
 
 @rule(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
