@@ -14,12 +14,13 @@ def single_precision():
     torch.set_default_dtype(torch.float32)
 
 
-def test_the_readme_runs(capsys):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert len(blocks) >= 4
-    namespace: dict = {"__name__": "readme"}
+@pytest.mark.parametrize(("page", "least"), [("README.md", 4), ("docs/extend.md", 1)])
+def test_the_code_on_a_page_runs(page, least, capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    assert len(blocks) >= least
+    namespace: dict = {"__name__": "page"}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, page, "exec"), namespace)
     printed = capsys.readouterr().out
     assert "upper" in printed
 
