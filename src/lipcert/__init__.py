@@ -22,6 +22,7 @@ _HOME = {
     "L2Ball": "lipcert.region",
     "LOBPCG": "lipcert.spectral",
     "Lanczos": "lipcert.spectral",
+    "Ellipsoid": "lipcert.bounds",
     "LipLT": "lipcert.bounds",
     "LipLTNormalized": "lipcert.normalized",
     "LipcertError": "lipcert.errors",
@@ -50,7 +51,7 @@ __all__ = sorted([*_HOME, *_MODULES, "__version__"])
 if TYPE_CHECKING:
     from lipcert import data, graph, layers, losses, models, recipes, schedules
     from lipcert.adversary import pgd
-    from lipcert.bounds import LipLT, MarginConstants, Product, SampleVectors, tightest
+    from lipcert.bounds import Ellipsoid, LipLT, MarginConstants, Product, SampleVectors, tightest
     from lipcert.certificate import (
         Certificate,
         average_certified_radius,

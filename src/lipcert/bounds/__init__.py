@@ -1,5 +1,6 @@
 """Bounds, one method a file: each turns a graph into constants of logit differences."""
 
+from lipcert.bounds.ellipsoid import Ellipsoid
 from lipcert.bounds.liplt import LipLT
 from lipcert.bounds.margin import Bound, MarginConstants
 from lipcert.bounds.product import Layer, Product
@@ -8,6 +9,7 @@ from lipcert.bounds.tightest import Tightest, tightest
 
 __all__ = [
     "Bound",
+    "Ellipsoid",
     "Layer",
     "LipLT",
     "MarginConstants",

@@ -1,0 +1,183 @@
+"""The ellipsoid bound: tighter than product and LipLT wherever depth compounds, for any graph.
+
+An ellipsoid holds the changes of each node (`extent`), and one sweep gives the constants of all
+pairs, of every logit and of every neuron. Nodes of many values and functions of which only the
+constant is known are held by balls; from there on it is a bound of the rest times the radius of the
+ball.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lipcert.bounds.affine_norm import affine_norm
+from lipcert.bounds.ends import End, margins, single_logits
+from lipcert.bounds.extent import (
+    Extent,
+    stacked,
+    through_map,
+    through_opaque,
+    through_slopes,
+    together,
+)
+from lipcert.bounds.margin import Bound, MarginConstants, check_strategy, device_of, evaluating
+from lipcert.bounds.slopes import everywhere
+from lipcert.bounds.tail import rows_of, tail
+from lipcert.errors import LipcertError
+from lipcert.graph import Affine, Concat, Graph, Input, Lipschitz, Node, Slope, Sum
+from lipcert.kinds import Constant
+from lipcert.simplify import simplify
+from lipcert.spectral import Auto, Iterative, Strategy
+
+LARGEST = 4096
+"""Nodes of more values than this are held by balls."""
+
+
+class Ellipsoid(Bound):
+    """The ellipsoid bound, global, of kind upper.
+
+    It can be above LipLT: `tightest(LipLT(graph), Ellipsoid(graph))` takes the best of each pair.
+    Sums and concatenations that do not fuse into one map are split, which gives up how their parts
+    depend on each other.
+
+    Args:
+        graph: A traced network.
+        norm: Spectral norms of the maps into nodes of more than `LARGEST` values.
+
+    Raises:
+        LipcertError: The strategy iterates vectors or is not of L2.
+    """
+
+    def __init__(self, graph: Graph, norm: Strategy | None = None):
+        super().__init__(graph)
+        self.norm = Auto() if norm is None else norm
+        check_strategy(self.norm, graph)
+        if isinstance(self.norm, Iterative) or self.norm.p != 2:
+            raise LipcertError(
+                f"Ellipsoid(norm={self.norm!r}) needs a strategy for true L2 norms, e.g. "
+                "lc.Auto(): it iterates no vectors, and is differentiable as it is."
+            )
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``print(bound)``."""
+        return f"norm={self.norm}"
+
+    def forward(
+        self,
+        x: Float[Tensor, "b ..."] | None = None,
+        eps: float | Float[Tensor, " b"] | None = None,
+        index: Int[Tensor, " b"] | None = None,
+    ) -> MarginConstants:
+        """The constants of all pairs, see `Bound`; nothing is looked at."""
+        return margins(self.classes, self._ends(), self.p)
+
+    def lipschitz(
+        self,
+        x: Float[Tensor, "b ..."] | None = None,
+        eps: float | Float[Tensor, " b"] | None = None,
+    ) -> Constant:
+        """A Lipschitz constant of the whole output vector, see `Bound`."""
+        return self.prefix(self.graph.output)
+
+    def per_output(
+        self,
+        x: Float[Tensor, "b ..."] | None = None,
+        eps: float | Float[Tensor, " b"] | None = None,
+    ) -> Constant:
+        """Lipschitz constants of the single logits, see `Bound`."""
+        return single_logits(self.graph.output.shape[0], self._ends(), self.p)
+
+    def prefix(
+        self,
+        upto: Node | str,
+        x: Float[Tensor, "b ..."] | None = None,
+        eps: float | Float[Tensor, " b"] | None = None,
+    ) -> Constant:
+        """A Lipschitz constant of the function from the input to a node, see `Bound`."""
+        target = self.graph.node(upto) if isinstance(upto, str) else upto
+        with evaluating(self.graph):
+            return self._sweep([target])[target].radius()
+
+    def _ends(self) -> list[End]:
+        """For each term of the output: the ellipsoid before it, and the rows of its map on it."""
+        with evaluating(self.graph):
+            terms = tail(self.graph.output)
+            swept = self._sweep([source for _, source in terms])
+            ends = []
+            for map, source in terms:
+                extent = swept[source]
+                rows, factor = rows_of(map, source), extent.factor()
+                seen = rows if factor is None else rows @ factor
+                ends.append(End(Constant(extent.scale, extent.kind, extent.failure), seen))
+            return ends
+
+    def _sweep(self, targets: list[Node]) -> dict[Node, Extent]:
+        """Forward over the graph, as far as the targets need."""
+        needed = set(targets)
+        for n in reversed(self.graph.nodes):
+            if n in needed:
+                needed.update(n.inputs)
+        slopes = {n: _of_neurons(n) for n in needed if isinstance(n.op, Slope)}
+        read = self._read(slopes)
+        one = torch.ones((), dtype=torch.float64, device=device_of(self.graph))
+        found: dict[Node, Extent] = {}
+        for n in self.graph:
+            if n not in needed:
+                continue
+            before = [found[i] for i in n.inputs]
+            small = math.prod(n.shape) <= LARGEST
+            match n.op:
+                case Input():
+                    found[n] = Extent(one)
+                case Affine() as op:
+                    map = simplify(op.map().to(torch.float64))
+                    found[n] = through_map(
+                        before[0], map, None if small else affine_norm(op, self.norm)
+                    )
+                case Slope():
+                    low, high = slopes[n]
+                    found[n] = through_slopes(before[0], low.to(one), high.to(one), read.get(n))
+                case Lipschitz() as op:
+                    found[n] = through_opaque(before[0], op)
+                case Sum():
+                    found[n] = together(before, math.prod(n.shape), small)
+                case Concat():
+                    found[n] = stacked(before, [math.prod(i.shape) for i in n.inputs], small)
+        return found
+
+    def _read(self, slopes: dict[Node, tuple[Tensor, Tensor]]) -> dict[Node, Tensor]:
+        """What the logits read of each node, the network taken linear with the middle slopes."""
+        output = self.graph.output
+        if len(output.shape) != 1 or output.shape[0] > LARGEST:
+            return {}
+        size = output.shape[0]
+        rows = torch.eye(size, dtype=torch.float64, device=device_of(self.graph))
+        read: dict[Node, Tensor] = {output: rows - rows.mean(0)}
+        for n in reversed(self.graph.nodes):
+            if n not in read or (isinstance(n.op, Slope) and n not in slopes):
+                continue
+            at = read[n]
+            match n.op:
+                case Affine() as op:
+                    map = simplify(op.map().to(torch.float64))
+                    passed = [map.adjoint(at.reshape(size, *n.shape)).flatten(1)]
+                case Slope():
+                    low, high = slopes[n]
+                    passed = [at * ((low + high) / 2).to(at)]
+                case Sum():
+                    passed = [at] * len(n.inputs)
+                case Concat():
+                    passed = list(at.split([math.prod(i.shape) for i in n.inputs], 1))
+                case _:
+                    continue
+            for i, part in zip(n.inputs, passed, strict=True):
+                read[i] = read[i] + part if i in read else part
+        return read
+
+
+def _of_neurons(n: Node) -> tuple[Tensor, Tensor]:
+    """The least and the greatest slope of every neuron."""
+    low, high = (slope.expand(n.shape).flatten() for slope in everywhere(n))
+    return low, high
