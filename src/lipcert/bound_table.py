@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipcert.adversary import lower_bound
-from lipcert.bounds import Bound, Layer, LipLT, MarginConstants, Product, tightest
+from lipcert.bounds import Bound, Ellipsoid, Layer, LipLT, MarginConstants, Product, tightest
 from lipcert.bounds.tightest import least, tightest_pairs
 from lipcert.errors import LipcertError
 from lipcert.graph import Graph, Node
@@ -26,6 +26,7 @@ class BoundName(StrEnum):
     AUTO = "auto"
     PRODUCT = "product"
     LIPLT = "liplt"
+    ELLIPSOID = "ellipsoid"
     LOCAL_PRODUCT = "local-product"
     LOCAL_LIPLT = "local-liplt"
 
@@ -46,6 +47,8 @@ def make_bound(name: BoundName, graph: Graph) -> Bound:
             return Product(graph)
         case BoundName.LIPLT:
             return LipLT(graph)
+        case BoundName.ELLIPSOID:
+            return Ellipsoid(graph)
     raise LipcertError(
         f"{name} holds in balls around samples: build it with a region, e.g. "
         "lc.Product(graph, region=lc.L2Ball(0.1))."
@@ -221,6 +224,11 @@ def evaluated(
                 [],
                 sum(m.seconds for m in members),
             )
+        if BoundName.ELLIPSOID in names:
+            begin, ellipsoid = time.perf_counter(), Ellipsoid(graph)
+            pairs, whole = ellipsoid() if logits else None, ellipsoid.lipschitz()
+            seconds = time.perf_counter() - begin
+            found[BoundName.ELLIPSOID] = Evaluated(whole, pairs, [], seconds)
     return found
 
 

@@ -34,8 +34,8 @@ Eps = Annotated[
 Bound = Annotated[
     str,
     typer.Option(
-        help="Which bound: auto (the tightest global one), product, liplt; around each sample too: "
-        "local-product, local-liplt."
+        help="Which bound: auto (the tighter of product and liplt), product, liplt, ellipsoid; "
+        "around each sample too: local-product, local-liplt."
     ),
 ]
 
