@@ -335,6 +335,15 @@ def bounds_of(capsys, *words):
     return table, {row["bound"]: row for row in table["bounds"]}
 
 
+def test_the_ellipsoid_bound_by_name(deep, capsys):
+    torch.manual_seed(0)
+    net = ["--bound", "ellipsoid", "--bound", "liplt"]
+    table, rows = bounds_of(capsys, f"{deep}:make", "--input-shape", 6, *net)
+    assert table["sampled_lower_bound"] <= rows["ellipsoid"]["lipschitz"]
+    assert rows["ellipsoid"]["lipschitz"] < 0.9 * rows["liplt"]["lipschitz"]
+    assert rows["ellipsoid"]["kind"] == "upper"
+
+
 def test_bounds_side_by_side(deep, capsys):
     torch.manual_seed(0)
     net = ["--bound", "liplt", "--bound", "auto", "--bound", "product"]
