@@ -145,6 +145,24 @@ def test_orthogonal_layers_with_maxmin_are_as_in_the_product():
     torch.testing.assert_close(one().dense(), other().dense(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("adjacent", [False, True])
+def test_sorted_pairs_are_more_than_a_constant(adjacent):
+    """Their sums pass unchanged: below the product where these carry most."""
+    torch.manual_seed(0)
+    activation = lambda: MaxMin(adjacent)  # noqa: E731
+    net = lc.models.mlp((10,), 3, widths=(16, 16, 16, 16), activation=activation)
+    graph = lc.trace(net, (10,))
+    one, other = lc.Ellipsoid(graph), lc.Product(graph, norm=lc.Exact())
+    assert float(one.lipschitz()) < 0.8 * float(other.lipschitz())
+    J = jacobians(net, torch.randn(500, 10))
+    assert torch.linalg.matrix_norm(J, 2).max() <= UP * one.lipschitz().value
+    expansion = next(n.op.expansion for n in graph if getattr(n.op, "expansion", None))
+    x = torch.randn(50, 16)
+    inside = expansion.before.apply(x)
+    bent = torch.where(expansion.low < 0, inside.abs(), inside)
+    torch.testing.assert_close(expansion.after.apply(bent), MaxMin(adjacent)(x))
+
+
 @pytest.mark.parametrize("power", [-60, -20, 20, 60])
 def test_scales_pass_through(power):
     net = relu_net([4, 6, 6, 3], 0)

@@ -74,6 +74,23 @@ class Slope:
 
 
 @dataclass(frozen=True, eq=False)
+class Expansion:
+    """A function that acts elementwise in other coordinates: after . phi . before.
+
+    Attributes:
+        before: To the coordinates.
+        low: Least slopes there, of the shape that `before` gives.
+        high: Greatest slopes there.
+        after: Back.
+    """
+
+    before: LinearMap
+    low: Tensor
+    high: Tensor
+    after: LinearMap
+
+
+@dataclass(frozen=True, eq=False)
 class Lipschitz:
     """A function of which only its L2 Lipschitz constant is used.
 
@@ -85,6 +102,8 @@ class Lipschitz:
         kind: What the constant claims.
         needs: From a 0/1 array over outputs, `(b, *shape)`, to one over inputs that is 1 wherever
             an output marked 1 depends on the input; None if that is not known.
+        expansion: The same function elementwise in other coordinates, for bounds that take more
+            than the constant; None if there are none.
     """
 
     fn: Callable[[Tensor], Tensor]
@@ -93,6 +112,7 @@ class Lipschitz:
     image: Callable[[Tensor, Tensor], Box]
     kind: Kind = Kind.UPPER
     needs: Callable[[Tensor], Tensor] | None = None
+    expansion: Expansion | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from lipcert.bounds.ends import End, margins, single_logits
 from lipcert.bounds.extent import (
     Extent,
     stacked,
+    through_expansion,
     through_map,
     through_opaque,
     through_slopes,
@@ -25,8 +26,9 @@ from lipcert.bounds.extent import (
 from lipcert.bounds.margin import Bound, MarginConstants, check_strategy, device_of, evaluating
 from lipcert.bounds.slopes import everywhere
 from lipcert.bounds.tail import rows_of, tail
+from lipcert.bounds.tightest import least, tightest_pairs
 from lipcert.errors import LipcertError
-from lipcert.graph import Affine, Concat, Graph, Input, Lipschitz, Node, Slope, Sum
+from lipcert.graph import Affine, Concat, Expansion, Graph, Input, Lipschitz, Node, Slope, Sum
 from lipcert.kinds import Constant
 from lipcert.simplify import simplify
 from lipcert.spectral import Auto, Iterative, Strategy
@@ -40,7 +42,8 @@ class Ellipsoid(Bound):
 
     It can be above LipLT: `tightest(LipLT(graph), Ellipsoid(graph))` takes the best of each pair.
     Sums and concatenations that do not fuse into one map are split, which gives up how their parts
-    depend on each other.
+    depend on each other. Sorted pairs (MaxMin) keep the sums of pairs and bend their differences;
+    as balls they can be better or worse, so each pair of classes takes the better of both sweeps.
 
     Args:
         graph: A traced network.
@@ -53,6 +56,9 @@ class Ellipsoid(Bound):
     def __init__(self, graph: Graph, norm: Strategy | None = None):
         super().__init__(graph)
         self.norm = Auto() if norm is None else norm
+        # Sorted pairs by their constant, as balls, can be better or worse than expanded: both.
+        known = any(isinstance(n.op, Lipschitz) and n.op.expansion is not None for n in graph)
+        self._ways = (False, True) if known else (False,)
         check_strategy(self.norm, graph)
         if isinstance(self.norm, Iterative) or self.norm.p != 2:
             raise LipcertError(
@@ -71,7 +77,8 @@ class Ellipsoid(Bound):
         index: Int[Tensor, " b"] | None = None,
     ) -> MarginConstants:
         """The constants of all pairs, see `Bound`; nothing is looked at."""
-        return margins(self.classes, self._ends(), self.p)
+        classes = self.classes
+        return tightest_pairs([margins(classes, self._ends(e), self.p) for e in self._ways])
 
     def lipschitz(
         self,
@@ -87,7 +94,8 @@ class Ellipsoid(Bound):
         eps: float | Float[Tensor, " b"] | None = None,
     ) -> Constant:
         """Lipschitz constants of the single logits, see `Bound`."""
-        return single_logits(self.graph.output.shape[0], self._ends(), self.p)
+        count = self.graph.output.shape[0]
+        return least([single_logits(count, self._ends(e), self.p) for e in self._ways])
 
     def prefix(
         self,
@@ -98,13 +106,13 @@ class Ellipsoid(Bound):
         """A Lipschitz constant of the function from the input to a node, see `Bound`."""
         target = self.graph.node(upto) if isinstance(upto, str) else upto
         with evaluating(self.graph):
-            return self._sweep([target])[target].radius()
+            return least([self._sweep([target], e)[target].radius() for e in self._ways])
 
-    def _ends(self) -> list[End]:
+    def _ends(self, expand: bool) -> list[End]:
         """For each term of the output: the ellipsoid before it, and the rows of its map on it."""
         with evaluating(self.graph):
             terms = tail(self.graph.output)
-            swept = self._sweep([source for _, source in terms])
+            swept = self._sweep([source for _, source in terms], expand)
             ends = []
             for map, source in terms:
                 extent = swept[source]
@@ -113,8 +121,13 @@ class Ellipsoid(Bound):
                 ends.append(End(Constant(extent.scale, extent.kind, extent.failure), seen))
             return ends
 
-    def _sweep(self, targets: list[Node]) -> dict[Node, Extent]:
-        """Forward over the graph, as far as the targets need."""
+    def _sweep(self, targets: list[Node], expand: bool) -> dict[Node, Extent]:
+        """Forward over the graph, as far as the targets need.
+
+        Args:
+            targets: The nodes that are wanted.
+            expand: Whether to take expansions of functions, or their constants only.
+        """
         needed = set(targets)
         for n in reversed(self.graph.nodes):
             if n in needed:
@@ -139,6 +152,10 @@ class Ellipsoid(Bound):
                 case Slope():
                     low, high = slopes[n]
                     found[n] = through_slopes(before[0], low.to(one), high.to(one), read.get(n))
+                case Lipschitz(expansion=Expansion() as e) if (
+                    expand and before[0].matrix is not None
+                ):
+                    found[n] = through_expansion(before[0], e, read.get(n))
                 case Lipschitz() as op:
                     found[n] = through_opaque(before[0], op)
                 case Sum():
@@ -170,6 +187,10 @@ class Ellipsoid(Bound):
                     passed = [at] * len(n.inputs)
                 case Concat():
                     passed = list(at.split([math.prod(i.shape) for i in n.inputs], 1))
+                case Lipschitz(expansion=Expansion() as e):
+                    at = e.after.adjoint(at.reshape(size, *n.shape))
+                    at = e.before.adjoint(at * ((e.low + e.high) / 2).to(at))
+                    passed = [at.flatten(1)]
                 case _:
                     continue
             for i, part in zip(n.inputs, passed, strict=True):

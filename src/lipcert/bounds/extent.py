@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lipcert.graph import Lipschitz
+from lipcert.graph import Expansion, Lipschitz
 from lipcert.kinds import Constant, Kind, weakest
 from lipcert.linear_kinds import Index
 from lipcert.linear_map import LinearMap
@@ -228,3 +228,19 @@ def through_opaque(before: Extent, op: Lipschitz) -> Extent:
     longest = before.radius()
     value = torch.as_tensor(op.constant()).to(longest.value) * longest.value
     return Extent(value, None, weakest((op.kind, before.kind)), before.failure)
+
+
+def through_expansion(before: Extent, e: Expansion, read: Float[Tensor, "k n"] | None) -> Extent:
+    """A function that acts elementwise in other coordinates.
+
+    Args:
+        before: Of its input.
+        e: The coordinates and the slopes there.
+        read: Rows that later layers read of its output, as for `through_slopes`.
+    """
+    middle = None
+    if read is not None:
+        middle = e.after.adjoint(read.reshape(-1, *e.after.out_shape)).flatten(1)
+    low, high = (slope.flatten().to(before.scale) for slope in (e.low, e.high))
+    inside = through_map(before, e.before, None)
+    return through_map(through_slopes(inside, low, high, middle), e.after, None)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipcert.errors import LipcertError
-from lipcert.graph import Box, Concat, Lipschitz, Node, node, topological
+from lipcert.graph import Box, Concat, Expansion, Lipschitz, Node, node, topological
 from lipcert.layers import MaxMin
 from lipcert.linear_kinds import Index
-from lipcert.linear_map import Shape
+from lipcert.linear_map import Generic, Shape
 from lipcert.rules.affine import per_axis
 from lipcert.rules.registry import refuse, rule, rule_by_axes
 from lipcert.rules.structural import fixed
@@ -39,7 +39,25 @@ def sorted_pairs(module: MaxMin, x: Node) -> Lipschitz:
             return either.repeat_interleave(2, 1)
         return torch.cat([either, either], 1)
 
-    return Lipschitz(module, x.shape, lambda: 1.0, monotone(module), needs=needs)
+    expansion = pairs_expanded(x.shape, module.adjacent)
+    return Lipschitz(
+        module, x.shape, lambda: 1.0, monotone(module), needs=needs, expansion=expansion
+    )
+
+
+def pairs_expanded(shape: Shape, adjacent: bool = False) -> Expansion:
+    """Sorting pairs: their sums stay as they are, of their differences the size is taken."""
+
+    def turned(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a + b, a - b], 1) * math.sqrt(0.5)
+
+    def before(x: Tensor) -> Tensor:
+        return turned(x[:, ::2], x[:, 1::2]) if adjacent else turned(*x.chunk(2, 1))
+
+    after = Generic(shape, shape, lambda x: turned(*x.chunk(2, 1)))
+    sums, sizes = torch.ones(shape).chunk(2, 0)
+    slopes = torch.cat([sums, -sizes]), torch.cat([sums, sizes])
+    return Expansion(Generic(shape, shape, before), *slopes, after)
 
 
 def _shares(n: int, pool: Callable[[Tensor], Tensor]) -> int:
@@ -203,7 +221,8 @@ def join_max_min(output: Node) -> Node:
                 first, second = ab.chunk(2, 1)
                 return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], 1)
 
-            op = Lipschitz(both, (2 * size,), lambda: 1.0, monotone(both))
+            flat = (2 * size,)
+            op = Lipschitz(both, flat, lambda: 1.0, monotone(both), expansion=pairs_expanded(flat))
             sorted_pair = node(op, n.inputs[0], name=n.name)
             for half, old in enumerate((n, partner)):
                 source = torch.arange(size).reshape(n.shape) + half * size
