@@ -1,11 +1,12 @@
 """Augmentation: what a batch of pictures becomes, pixel by pixel."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from lipcert.augment import RandomAffine, random_flip
+from lipcert.augment import ColourJitter, RandomAffine, ReflectedCrop, random_flip
 from lipcert.errors import LipcertError
 
 
@@ -137,3 +138,145 @@ def test_the_global_generator_decides():
 def test_senseless_ranges_are_refused(degrees, translate):
     with pytest.raises(LipcertError, match="degrees="):
         RandomAffine(degrees, translate)
+
+
+PICTURES = {"square": (5, 5), "wide": (4, 7), "tall": (6, 4)}
+
+
+@pytest.mark.parametrize("size", PICTURES.values(), ids=PICTURES)
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_a_reflected_crop_is_any_window_of_the_mirrored_picture(size, most):
+    h, w = size
+    shifts = (2 * most + 1) ** 2
+    n = 200 * shifts
+    picture = torch.rand(3, h, w)
+    # Mirrored by hand: the border itself is not repeated.
+    rows = [abs(i) if i < h else 2 * (h - 1) - i for i in range(-most, h + most)]
+    columns = [abs(j) if j < w else 2 * (w - 1) - j for j in range(-most, w + most)]
+    wide = picture[:, rows][:, :, columns]
+    windows = torch.stack(
+        [wide[:, i : i + h, j : j + w] for i in range(2 * most + 1) for j in range(2 * most + 1)]
+    )
+    crops = ReflectedCrop(most)(picture.expand(n, 3, h, w))
+    same = (crops[:, None] == windows).flatten(2).all(2)
+    assert (same.sum(1) == 1).all()
+    counts = same.sum(0)
+    # 200 of each are expected, with a deviation of 14.
+    assert counts.min() > 130
+    assert counts.max() < 270
+
+
+def test_a_reflected_crop_shifts_each_picture_by_itself():
+    x = torch.rand(64, 2, 6, 6)
+    alike = x[:1].expand_as(x)
+    moved = ReflectedCrop(2)(alike)
+    assert len(moved.flatten(1).unique(dim=0)) > 10
+    torch.manual_seed(5)
+    first = ReflectedCrop(2)(x)
+    torch.manual_seed(5)
+    assert torch.equal(ReflectedCrop(2)(x), first)
+    assert not torch.equal(ReflectedCrop(2)(x), first)
+    # A picture comes of itself and of no other.
+    own = torch.arange(64.0).reshape(-1, 1, 1, 1).expand(64, 2, 6, 6)
+    assert torch.equal(ReflectedCrop(2)(own), own)
+
+
+def grey_of(picture):
+    """How bright each pixel is, one by one."""
+    _, h, w = picture.shape
+    out = torch.zeros(h, w)
+    for i in range(h):
+        for j in range(w):
+            red, green, blue = picture[:, i, j].tolist()
+            out[i, j] = 0.299 * red + 0.587 * green + 0.114 * blue
+    return out
+
+
+def blended(picture, other, factor):
+    return (factor * picture + (1 - factor) * other).clamp(0, 1)
+
+
+OTHERS = {
+    "brightness": lambda p: torch.zeros(()),
+    "contrast": lambda p: grey_of(p).mean(),
+    "saturation": lambda p: grey_of(p),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("factor", [0.0, 0.4, 1.0, 1.7])
+def test_each_change_of_colour_by_a_given_factor(name, factor):
+    x = torch.rand(4, 3, 3, 5)
+    found = ColourJitter(**{name: (factor, factor)})(x)
+    expected = torch.stack([blended(p, OTHERS[name](p), factor) for p in x])
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, x) or factor == 1
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("strength", [0.25, 0.0, (0.3, 2.0)])
+def test_factors_are_uniform_in_their_range(name, strength):
+    """Dull colours around a dark grey, so that nothing is clipped and factors can be read off."""
+    x = 0.3 + 0.05 * torch.rand(3, 3, 4)
+    n = 3000
+    found = ColourJitter(**{name: strength})(x.expand(n, 3, 3, 4))
+    other = OTHERS[name](x)
+    towards = (x - other).flatten()
+    factors = ((found - other).flatten(1) @ towards) / (towards @ towards)
+    torch.testing.assert_close(
+        found, other + factors.view(-1, 1, 1, 1) * (x - other)
+    )  # one factor a picture
+    low, high = strength if isinstance(strength, tuple) else (1 - strength, 1 + strength)
+    assert factors.min() >= low - 1e-9
+    assert factors.max() <= high + 1e-9
+    for share in (0.1, 0.5, 0.9):
+        found_at = factors.quantile(share).item()
+        assert found_at == pytest.approx(low + share * (high - low), abs=0.05 * (high - low) + 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_colours_without_strength_stay(dtype):
+    x = torch.rand(8, 3, 5, 5, dtype=dtype)
+    found = ColourJitter()(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-6)
+
+
+def test_grey_pictures_have_no_colour_to_change():
+    x = torch.rand(20, 1, 6, 6).expand(20, 3, 6, 6)
+    torch.testing.assert_close(ColourJitter(saturation=(0.0, 3.0))(x), x)
+    coloured = torch.rand(20, 3, 6, 6)
+    assert not torch.allclose(ColourJitter(saturation=(0.0, 3.0))(coloured), coloured)
+
+
+def test_colours_stay_pixels_and_come_of_the_seed():
+    x = torch.rand(200, 3, 6, 6).round(decimals=1)
+    change = ColourJitter((0.0, 3.0), (0.0, 3.0), (0.0, 3.0))
+    torch.manual_seed(3)
+    first = change(x)
+    torch.manual_seed(3)
+    assert torch.equal(change(x), first)
+    assert not torch.equal(change(x), first)
+    assert first.min() == 0
+    assert first.max() == 1
+
+
+def test_the_three_changes_come_in_every_order():
+    """Constants in place of random factors; each order gives another picture."""
+    x = torch.rand(1, 3, 4, 4)
+    factors = {"brightness": 1.8, "contrast": 0.4, "saturation": 2.0}
+    expected = []
+    for order in itertools.permutations(factors):
+        picture = x[0]
+        for name in order:
+            picture = blended(picture, OTHERS[name](picture), factors[name])
+        expected.append(picture)
+    change = ColourJitter(**{name: (f, f) for name, f in factors.items()})
+    seen = [0] * len(expected)
+    for _ in range(600):
+        found = change(x)[0]
+        gaps = [(found - one).abs().max() for one in expected]
+        best = min(range(len(gaps)), key=lambda i: gaps[i])
+        assert gaps[best] < 1e-9
+        seen[best] += 1
+    assert min(seen) > 60  # 100 on average

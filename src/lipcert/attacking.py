@@ -82,6 +82,8 @@ def attack_run(
             f"--attack {attack} needs a radius, e.g. --eps 0.5; inside the certified balls only "
             "pgd attacks, because the others stay in the box of pixels."
         )
+    if attack is not AttackName.PGD:
+        _check_pixels(data, f"--attack {attack}")
     values = {text: parse_radius(text) for text in radii}
     data = data.subset(slice(effort.samples))
     results = evaluate.earlier_attack(run, data)
@@ -151,6 +153,15 @@ def _hits(
     return result.found & (result.distance <= radius)
 
 
+def _check_pixels(data: Dataset, what: str) -> None:
+    """These attacks search the box of pixels only."""
+    if data.limits != (0.0, 1.0):
+        raise LipcertError(
+            f"{what} attacks pixels in [0, 1]; the inputs of {data.source} are no pixels. Plain "
+            "`lipcert attack RUN`, with or without --eps, attacks any inputs."
+        )
+
+
 def inequality_run(
     run: Run,
     net: nn.Module,
@@ -173,8 +184,9 @@ def inequality_run(
         how many certificates were refuted: an attack within them, or slopes above their constants.
 
     Raises:
-        LipcertError: The certificates are missing, or not of these samples.
+        LipcertError: The certificates are missing, or not of these samples; or these are no pixels.
     """
+    _check_pixels(data, "--inequality")
     data = data.subset(slice(effort.samples))
     table = evaluate.read_certificates(run).slice(0, len(data))
     if table["label"].to_pylist() != data.labels.tolist():

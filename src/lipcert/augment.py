@@ -75,9 +75,19 @@ class ReflectedCrop:
 
     most: int
 
+    def __post_init__(self) -> None:
+        if self.most < 0 or self.most != int(self.most):
+            raise LipcertError(f"{self}: needs a whole number of pixels >= 0.")
+
     def __call__(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """The shifted pictures."""
+        """The shifted pictures.
+
+        Raises:
+            LipcertError: A side of the pictures is not longer than the largest shift.
+        """
         b, _, h, w = x.shape
+        if self.most >= min(h, w):
+            raise LipcertError(f"{self}: pictures of {h} x {w} have no borders as wide as that.")
         wide = F.pad(x, (self.most,) * 4, mode="reflect")
         down, right = torch.randint(2 * self.most + 1, (2, b, 1)).to(x.device)
         rows = (down + torch.arange(h, device=x.device))[:, None, :, None]
@@ -104,6 +114,12 @@ class ColourJitter:
     brightness: float | tuple[float, float] = 0.0
     contrast: float | tuple[float, float] = 0.0
     saturation: float | tuple[float, float] = 0.0
+
+    def __post_init__(self) -> None:
+        for strength in (self.brightness, self.contrast, self.saturation):
+            low, high = strength if isinstance(strength, tuple) else (1 - strength, 1 + strength)
+            if not 0 <= low <= high:
+                raise LipcertError(f"{self}: needs numbers of [0, 1], or ranges (low, high) >= 0.")
 
     def __call__(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """The changed pictures, pixels in [0, 1].

@@ -27,7 +27,7 @@ from lipcert.recipes.parts import adam, product_by_power_iteration
 from lipcert.schedules import Piecewise, Steps
 
 CIFAR100 = "uoft-cs/cifar100"
-_MEAN = (0.5071, 0.4866, 0.4409)
+_SOC_MEAN = (0.4914, 0.4822, 0.4465)
 _TRIANGLE = Piecewise(((0.0, 0.0), (0.4, 1.0), (0.8, 0.05), (1.0, 0.0)))
 
 
@@ -35,11 +35,11 @@ def _centred(
     in_shape: tuple[int, int, int],
     classes: int,
     make: Callable[..., nn.Sequential],
+    mean: tuple[float, ...] = (0.5071, 0.4866, 0.4409),
     std: float = 1.0,
     **options: Any,
 ) -> nn.Sequential:
     """A net behind a layer that subtracts a mean colour and divides by one number."""
-    mean = _MEAN if in_shape[0] == 3 else (0.5,) * in_shape[0]
     first = Normalize(mean, (std,) * in_shape[0])
     return nn.Sequential(first, *make(in_shape, classes, **options))
 
@@ -177,7 +177,7 @@ def cll_soc() -> Recipe:
         "CLL on CIFAR-100 with LipConvNet-20 of SOC: eps = 0.5, slack 0.02 (ours), 200 epochs",
         slack=0.02,
         decay=1e-5,
-        model=partial(_centred, make=models.lipconvnet, blocks=4, std=0.2507),
+        model=partial(_centred, make=models.lipconvnet, blocks=4, mean=_SOC_MEAN, std=0.2507),
         eps=0.5,
         epochs=200,
         batch_size=128,
@@ -196,7 +196,12 @@ def soc() -> Recipe:
         name="soc-cifar100",
         summary="LipConvNet-20 of SOC on CIFAR-100 with certificate regularisation",
         model=partial(
-            _centred, make=models.lipconvnet, blocks=4, std=0.2507, head=LastLayerNormalized
+            _centred,
+            make=models.lipconvnet,
+            blocks=4,
+            mean=_SOC_MEAN,
+            std=0.2507,
+            head=LastLayerNormalized,
         ),
         loss=losses.certificate_regularisation,
         loss_options={"weight": 0.1},
