@@ -246,7 +246,7 @@ def test_bjorck_converges_to_the_orthogonal_factor(shape):
     u, _, vh = torch.linalg.svd(weight, full_matrices=False)
     torch.testing.assert_close(bjorck(weight, 40), u @ vh)
     few = torch.linalg.svdvals(bjorck(weight, 3))
-    assert few[0] <= 1
+    assert few[0] <= 1 + 1e-12
     assert few[-1] < 0.9  # not there yet, and still a contraction
     assert (torch.linalg.svdvals(bjorck(weight, 4)) >= few - 1e-12).all()
 

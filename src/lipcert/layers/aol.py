@@ -140,15 +140,15 @@ class AOLConv2d(_AOL):
         return F.conv2d(x, self.kernel(), self.bias, self.stride, self.padding)
 
     def _sums(self, weight: Tensor) -> Tensor:
-        """The row sums of |P^T P| on the whole plane, the largest phase of each channel."""
-        channels, taps = weight.shape[1], weight.shape[2]
-        phase = torch.arange(taps, device=weight.device) % self.stride
-        axis = (phase == torch.arange(self.stride, device=weight.device)[:, None]).to(weight)
-        masks = (axis[:, None, :, None] * axis[:, None]).flatten(0, 1)  # one for each phase
-        kernels = weight.transpose(0, 1)
-        some = (masks[:, None, None] * kernels).flatten(0, 1)  # of cells in this phase
-        meetings = F.conv2d(kernels, some, padding=taps - 1).abs().sum((0, 2, 3))
-        return meetings.reshape(-1, channels).amax(0)
+        """The row sums of |P^T P| on the whole plane, the largest phase of each channel.
+
+        With s x s pixels made channels, each phase is a channel of its own, and the stride is 1.
+        """
+        missing = -weight.shape[2] % self.stride
+        phases = F.pixel_unshuffle(F.pad(weight, (0, missing, 0, missing)), self.stride)
+        # All shifts of one kernel against another; a transposed convolution multiplies no zeros.
+        meetings = F.conv_transpose2d(phases.transpose(0, 1).flip(2, 3), phases)
+        return meetings.abs().sum((0, 2, 3)).reshape(-1, self.stride**2).amax(1)
 
     def extra_repr(self) -> str:
         """The geometry, for ``print(model)``."""

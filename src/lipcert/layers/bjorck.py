@@ -1,6 +1,7 @@
 """Layers orthogonalised by Bjorck's iteration: dense, and convolutions by their reshaped kernel."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,10 @@ from lipcert.errors import LipcertError
 from lipcert.kinds import Constant, Kind
 from lipcert.layers.cache import Cache
 from lipcert.layers.orthogonal import OrthogonalLinear, exact_norm
+
+# Steps made of one Gram matrix. Rounding can leave an eigenvalue of it below 0, and a step takes
+# that times 2.25 or more: not far in so few.
+_BLOCK = 7
 
 
 def bjorck(weight: Float[Tensor, "m n"], steps: int) -> Float[Tensor, "m n"]:
@@ -35,21 +40,114 @@ def bjorck(weight: Float[Tensor, "m n"], steps: int) -> Float[Tensor, "m n"]:
     """
     if weight.shape[0] > weight.shape[1]:
         return bjorck(weight.mT, steps).mT
-    # The result does not depend on the scale, so these two need no gradient. They keep the powers
-    # below in range: the 16th powers of the singular values sum to min(m, n)^-7 or more.
+    # The result does not depend on the scale, so `largest` and `frobenius` need no gradient. They
+    # keep the powers below in range: the 16th powers of the singular values sum to min(m, n)^-7 or
+    # more.
     with torch.no_grad():
         largest = weight.abs().max()
         largest = largest.where(largest > 0, 1)
-        frobenius = torch.linalg.vector_norm(weight / largest).clamp(min=1)
-    w = weight / largest / frobenius
-    power = w @ w.mT
-    power = power @ power
-    power = power @ power
-    sixteenth = power.square().sum().clamp(min=torch.finfo(w.dtype).tiny)  # not 0: no gradient
-    w = w / sixteenth ** (1 / 16)
-    for _ in range(steps):
-        w = 1.5 * w - 0.5 * (w @ w.mT) @ w
+    w = weight / largest
+    gram = _gram(w)
+    with torch.no_grad():
+        frobenius = gram.diagonal().sum().clamp(min=1).sqrt()
+    gram = gram / frobenius.square()
+    sixteenth = _square(_square(gram)).square().sum()
+    norm = sixteenth.clamp(min=torch.finfo(w.dtype).tiny) ** (1 / 16)  # not 0: no gradient
+    w, gram = w / (norm * frobenius), gram / norm.square()
+    longest = _BLOCK if w.shape[1] >= 2 * w.shape[0] else 1
+    left = steps
+    while left:
+        if _orthogonal(gram):
+            return _stepped(w, gram, 1)
+        block = max(1, min(longest, left - 1))  # the last alone: it mends the rounding of others
+        w = _stepped(w, gram, block)
+        left -= block
+        gram = _gram(w) if left else gram
     return w
+
+
+def _stepped(w: Float[Tensor, "m n"], gram: Float[Tensor, "m m"], steps: int) -> Tensor:
+    """The matrix after some steps, with G = W W^T; after fewer where the rest change nothing.
+
+    A step is W <- T W with T = 1.5 - 0.5 G, so G <- T G T. T and G commute, and several steps are a
+    product of small matrices that meets W once.
+    """
+    if steps == 1:
+        return torch.addmm(w, gram, w, beta=1.5, alpha=-0.5)
+    product = 1.5 * torch.eye(len(gram), dtype=w.dtype, device=w.device) - 0.5 * gram
+    for _ in range(steps - 1):
+        once = 1.5 * gram - 0.5 * _square(gram)
+        gram = torch.addmm(once, once, gram, beta=1.5, alpha=-0.5)
+        if _orthogonal(gram):
+            break
+        product = torch.addmm(product, gram, product, beta=1.5, alpha=-0.5)
+    return product @ w
+
+
+def _orthogonal(gram: Float[Tensor, "m m"]) -> bool:
+    """Whether G is the identity but for rounding, so that all steps from here on are one.
+
+    The next step then changes no more than the last digits, and its derivative is a projection, as
+    is that of each step after it. What is compiled takes all steps.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    with torch.no_grad():
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        rounding = torch.finfo(gram.dtype).eps * len(gram)
+        return bool(torch.linalg.vector_norm(gram - eye) <= rounding)
+
+
+def _gram(w: Tensor) -> Tensor:
+    # torch.compile warns of every Function it meets, and warnings may be errors.
+    return w @ w.mT if torch.compiler.is_compiling() else _Gram.apply(w)
+
+
+def _square(gram: Tensor) -> Tensor:
+    return gram @ gram if torch.compiler.is_compiling() else _Square.apply(gram)
+
+
+class _Gram(torch.autograd.Function):
+    """W W^T. Its derivative is one product, as both factors are the same matrix."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor) -> Tensor:
+        return w @ w.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (w,) = ctx.saved_tensors
+        # Under autocast the product has fewer digits than the weight.
+        return (gradient + gradient.mT).to(w) @ w
+
+
+class _Square(torch.autograd.Function):
+    """G G of a symmetric G, whose derivative is one product and its transpose.
+
+    The gradient is that among symmetric matrices, where all that is made of G above stays.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gram: Tensor) -> Tensor:
+        return gram @ gram
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (gram,) = ctx.saved_tensors
+        half = gram @ (gradient + gradient.mT) / 2
+        return half + half.mT
 
 
 def _checked(name: str, steps: int) -> int:
