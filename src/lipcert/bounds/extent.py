@@ -20,7 +20,7 @@ Reference: this library; of the family of ECLipsE and of LipSDP (arXiv 1906.0489
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from lipcert.graph import Expansion, Lipschitz
@@ -129,8 +129,14 @@ def through_slopes(
     if not len(moving):
         return normalised(before.scale, through, before.kind, before.failure)
     inner, spread = s[moving][:, moving], s[:, moving]
-    gains = _multipliers(inner, spread, c, r[moving], read, moving)
-    left, gains = _cholesky(inner, gains)
+    if read is None or not bool((read != 0).any()):
+        added, stretched = r[moving].square(), (c[:, None] * spread).square().sum(0)
+    else:
+        read = read / read.detach().abs().max()
+        added = r[moving].square() * read[:, moving].square().sum(0)
+        stretched = ((read * c) @ spread).square().sum(0)
+    gains = multipliers(largest_eigenvalue(inner).clamp(min=0), added, stretched)
+    left, gains = raised_factor(inner, gains)
     bent = torch.linalg.solve_triangular(left, (spread * c[:, None]).mT, upper=False)
     through = through + bent.mT @ bent
     noise = torch.zeros_like(c).index_add(0, moving, gains * r[moving].square())
@@ -138,43 +144,33 @@ def through_slopes(
     return normalised(before.scale, (matrix + matrix.mT) / 2, before.kind, before.failure)
 
 
-def _multipliers(
-    inner: Float[Tensor, "m m"],
-    spread: Float[Tensor, "n m"],
-    c: Float[Tensor, " n"],
-    r: Float[Tensor, " m"],
-    read: Float[Tensor, "k n"] | None,
-    moving: Int[Tensor, " m"],
+def multipliers(
+    top: Float[Tensor, ""], added: Float[Tensor, " m"], stretched: Float[Tensor, " m"]
 ) -> Float[Tensor, " m"]:
-    """g_i = largest eigenvalue + sqrt(b_i / a_i), which minimises a bound of tr(V P V^T).
+    """g_i = top + sqrt(b_i / a_i), which minimises a bound of tr(V P V^T).
 
-    a_i = r_i^2 |V_i|^2 weighs what is added, b_i = |(V c S)_i|^2 what is stretched; V are the rows
-    that are read. Where they are not known, V is the identity.
+    Args:
+        top: The largest eigenvalue of S.
+        added: a_i = r_i^2 |V_i|^2, the weight of what is added; V are the rows that are read, the
+            identity where these are not known.
+        stretched: b_i = |(V c S)_i|^2, the weight of what is stretched.
     """
-    largest = None if read is None else read.detach().abs().max()
-    if read is None or largest is None or largest == 0:
-        added, stretched = r.square(), (c[:, None] * spread).square().sum(0)
-    else:
-        read = read / largest
-        added = r.square() * read[:, moving].square().sum(0)
-        stretched = ((read * c) @ spread).square().sum(0)
-    top = largest_eigenvalue(inner).clamp(min=0)
     most, least = stretched.detach().max(), added.detach().max()
     if most == 0 or least == 0:
-        return top.expand(len(r))
+        return top.expand(len(added))
     ratio = stretched.clamp(min=float(_FLOOR * most)) / added.clamp(min=float(_FLOOR * least))
     return top + ratio.sqrt()
 
 
-def _cholesky(
-    inner: Float[Tensor, "m m"], gains: Float[Tensor, " m"]
-) -> tuple[Float[Tensor, "m m"], Float[Tensor, " m"]]:
-    """The factor of G - S, and G, raised as far as rounding asks for."""
+def raised_factor(
+    inner: Float[Tensor, "*f m m"] | Complex[Tensor, "*f m m"], gains: Float[Tensor, " m"]
+) -> tuple[Tensor, Float[Tensor, " m"]]:
+    """The Cholesky factor of G - S, and G, raised as far as rounding asks for."""
     margin = 16 * len(gains) * torch.finfo(gains.dtype).eps
     while True:
         raised = gains * (1 + margin) + torch.finfo(gains.dtype).tiny
         left, info = torch.linalg.cholesky_ex(torch.diag(raised) - inner)
-        if not int(info) or not bool(gains.isfinite().all()) or margin > 1:
+        if not bool(info.any()) or not bool(gains.isfinite().all()) or margin > 1:
             return left, raised
         margin *= 16
 
