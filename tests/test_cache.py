@@ -58,9 +58,18 @@ def test_what_is_differentiated_is_made_anew(twice):
         lambda w: w.copy_(torch.ones(3)),
         lambda w: torch.optim.SGD([w], 0.1).step(),
         lambda w: setattr(w, "data", torch.ones(3)),
+        lambda w: w.data.mul_(3),
         lambda w: setattr(w, "data", w.data.float()),
     ],
-    ids=["in place", "initialised", "copied", "optimiser", "other data", "other precision"],
+    ids=[
+        "in place",
+        "initialised",
+        "copied",
+        "optimiser",
+        "other data",
+        "through data",
+        "other precision",
+    ],
 )
 def test_a_change_of_the_tensor_is_noticed(twice, change):
     twice.weight.grad = torch.ones(3)

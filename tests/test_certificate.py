@@ -15,6 +15,7 @@ from lipcert.bounds import Bound, MarginConstants
 from lipcert.certificate import Certificate, Claim, curve, from_logits, per_class
 from lipcert.layers import MaxMin, Normalize
 from nets import NETS
+from test_api import jaxtyping_off
 
 INF = math.inf
 
@@ -776,3 +777,65 @@ def test_unbounded_radii_are_counted():
     assert lc.certified_accuracy(certificate, labels, 1e6) == 1
     assert curve(certificate, labels, torch.tensor([0.0, 1e6])).tolist() == [1, 1]
     assert lc.average_certified_radius(certificate, labels) == INF
+
+
+class Scaled(nn.Module):
+    """Its divisor is in no module's settings."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.divisor = nn.Linear(4, 3), 1.0
+
+    def forward(self, x):
+        return self.dense(x) / self.divisor + torch.relu(x[:, :3])
+
+
+def test_a_network_that_changed_without_a_trace_is_refused():
+    net, x = Scaled(), torch.rand(5, 4)
+    bound = lc.Product(lc.trace(net, (4,)))
+    lc.certify(net, x, bound=bound)
+    net.divisor = 0.01
+    with pytest.raises(lc.LipcertError, match="does not compute what was traced"):
+        lc.certify(net, x, bound=bound)
+
+
+def test_a_replaced_forward_is_refused():
+    net, x = nn.Sequential(nn.Linear(4, 3)), torch.rand(5, 4)
+    plain = net[0].forward
+    net[0].forward = lambda t: 10 * plain(t)
+    with pytest.raises(lc.LipcertError, match="does not compute what was traced"):
+        lc.certify(net, x, bound=lc.Product(lc.trace(net, (4,))))
+
+
+class Lonely(nn.Module):
+    """Another function for a sample alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.dense(x) * (1 if x.shape[0] > 1 else 100)
+
+
+def test_a_network_that_looks_at_the_size_of_the_batch_is_refused():
+    net = Lonely()
+    with pytest.raises(lc.LipcertError, match=r"trace|batch"):
+        lc.certify(net, torch.rand(5, 4), bound=lc.Product(lc.trace(net, (4,))))
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ({"bisections": -1}, "bisections"),
+        ({"bisections": 2.5}, "bisections"),
+        ({"batch_size": 1.5}, "batch_size"),
+    ],
+)
+def test_counts_that_are_none_are_refused(words, match):
+    net = nn.Sequential(nn.Linear(4, 3))
+    bound = lc.Product(lc.trace(net, (4,)))
+    with jaxtyping_off(), pytest.raises(lc.LipcertError, match=match):
+        lc.certify(net, torch.rand(5, 4), bound=bound, **words)
+    with jaxtyping_off(), pytest.raises(lc.LipcertError, match="give a tensor"):
+        lc.certify(net, torch.rand(5, 4).numpy(), bound=bound)

@@ -200,3 +200,13 @@ def test_what_does_not_fit_is_refused():
     for shape in ((1, 2, 3, 4), (1, 2, 4, 3), (1, 3, 4, 4)):
         with pytest.raises(lc.LipcertError, match="takes 2 channels and sides that are multiples"):
             SOCConv2d(2, 8, stride=2)(torch.zeros(shape))
+
+
+def test_a_changed_correction_is_noticed():
+    layer = SOCConv2d(2, 2).eval()
+    x = torch.randn(1, 2, 4, 4)
+    with torch.no_grad():
+        before, constant = layer(x), float(layer.constant().value)
+        layer.correction = 3.0
+        assert not torch.allclose(layer(x), before)
+        assert float(layer.constant().value) > 1.01 * constant

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lipcert.convolution import convolution
 from lipcert.errors import LipcertError
 from lipcert.kinds import Constant, Kind, weakest
-from lipcert.linear_kinds import Dense, Scale, Separable, identity
+from lipcert.linear_kinds import Dense, Index, Scale, Separable, identity
 from lipcert.linear_map import Generic, Matrix
 from lipcert.simplify import simplify
 from lipcert.spectral import Auto, Exact, Fourier, Gram, Lanczos, PowerIteration
@@ -612,3 +612,11 @@ def test_the_ring_has_room_for_the_padding_on_either_side(sides):
     line = convolution(weight, (1, 3), (1,), (sides,), (1,), 1)
     close(svd(line), torch.tensor(2 * math.cos(math.pi / 7)))
     close(Fourier()(line).value, torch.tensor(2.0))  # the ring of four cells
+
+
+def test_by_frequency_a_flattened_picture_of_one_cell_is_refused_properly():
+    flattened = Index((3, 1, 1), (3,), torch.arange(3))
+    with pytest.raises(LipcertError, match="Fourier"):
+        Fourier()(Dense((3,), (2,), torch.randn(2, 3)) @ flattened)
+    with pytest.raises(LipcertError, match="Fourier"):
+        Fourier()(flattened)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lipcert.bounds import Bound, MarginConstants
 from lipcert.errors import LipcertError
+from lipcert.graph import Graph
 from lipcert.kinds import Kind, weakest
 
 
@@ -143,7 +144,7 @@ def certify(
             f"bound={bound!r:.60} is no bound; give e.g. lc.Product(lc.trace(net, input_shape))."
         )
     bound.graph.check(net)
-    _check_inputs(bound, x, batch_size)
+    _check_inputs(bound, x, batch_size, bisections)
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
@@ -153,6 +154,7 @@ def certify(
             if constants is not None:
                 _check_kind(constants.kind, allow_estimate)
             parts = []
+            _check_function(net, bound.graph, x[:_COMPARED])
             with bound.held():
                 for batch in x.split(batch_size):
                     here = bound(batch) if constants is None else constants
@@ -248,9 +250,41 @@ def _check_kind(kind: Kind, allow_estimate: bool) -> None:
         )
 
 
-def _check_inputs(bound: Bound, x: Tensor, batch_size: int) -> None:
-    if batch_size < 1:
-        raise LipcertError(f"batch_size={batch_size}: at least one sample at a time.")
+_COMPARED = 4  # samples at which network and graph are compared
+
+
+def _check_function(net: nn.Module, graph: Graph, x: Float[Tensor, "n ..."]) -> None:
+    """Raises LipcertError unless the graph computes what the network does, on a few samples.
+
+    Settings that a module does not print, forwards that were replaced and hooks that hold for all
+    modules change the network without a trace in its modules.
+    """
+    x = x.to(_like(net, x))
+    for part in (x, x[:1]):  # alone too: a network may look at the size of the batch
+        values, theirs = graph.values(part), net(part)
+        apart = (values[graph.output] - theirs).abs().flatten(1).amax(1)
+        size = values[graph.output].abs().flatten(1).amax(1)
+        inside = max(float(v.abs().max()) for v in values.values())
+        # Far more than rounding, also of what may have cancelled inside; false for NaN.
+        if bool((apart > 1e-2 * size + 1e-5 * inside).any()):
+            raise LipcertError(
+                f"The network does not compute what was traced: an output differs by "
+                f"{float(apart.max()):.3g}. It changed since, or it is not what its modules say (a "
+                "replaced forward, a global hook). Trace it again: lc.trace(net, input_shape)."
+            )
+
+
+def _check_inputs(bound: Bound, x: Tensor, batch_size: int, bisections: int) -> None:
+    if not isinstance(x, Tensor):
+        raise LipcertError(
+            f"The inputs are a {type(x).__name__}; give a tensor: torch.as_tensor(x)."
+        )
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise LipcertError(
+            f"batch_size={batch_size}: a whole number, at least one sample at a time."
+        )
+    if not isinstance(bisections, int) or bisections < 0:
+        raise LipcertError(f"bisections={bisections}: needs a whole number >= 0.")
     if tuple(x.shape[1:]) != bound.graph.input_shape:
         raise LipcertError(
             f"The inputs have shape {tuple(x.shape)}; the bound was traced for (n, "

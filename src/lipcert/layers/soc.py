@@ -165,7 +165,7 @@ class SOCConv2d(nn.Module):
     def kernel(self) -> Float[Tensor, "m m k k"]:
         """The kernel of A, with sigma from the vectors as they are; differentiable."""
         made_of = (self.weight, *self._vectors())
-        return self._kernel(made_of, lambda: self._make(self._scaled()))
+        return self._kernel(made_of, lambda: self._make(self._scaled()), self.correction)
 
     def _make(self, scaled: Tensor) -> Tensor:
         vectors = self._vectors()
@@ -189,7 +189,8 @@ class SOCConv2d(nn.Module):
             return Constant(value, Kind.UPPER)
 
         with torch.no_grad():
-            return self._constant((self.weight, *self._vectors()), make)
+            settings = self.correction, self.eval_terms
+            return self._constant((self.weight, *self._vectors()), make, *settings)
 
     def linear(self, x: Float[Tensor, "b in h w"]) -> Float[Tensor, "b out h2 w2"]:
         """The evaluated layer without its bias, in the precision of x and where x is."""

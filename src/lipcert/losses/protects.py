@@ -95,9 +95,10 @@ def reach(
         whose entry of ``K_row`` is overwritten and so may hold anything, NaN included.
 
     Raises:
-        LipcertError: eps is negative or NaN.
+        LipcertError: eps is negative or NaN, or K_row has another shape than the logits.
     """
     check_radius(eps)
+    check_row(logits, K_row)
     return (eps * K_row.to(logits.dtype)).scatter(1, classes.unsqueeze(1), 0.0)
 
 

@@ -51,7 +51,8 @@ def _circulant(map: LinearMap, first: bool = True) -> bool:
 
 
 def _pads(map: Index) -> bool:
-    return map.in_shape[0] == map.out_shape[0] and bool((map.copies() == 1).all())
+    same = len(map.in_shape) == len(map.out_shape) and map.in_shape[0] == map.out_shape[0]
+    return same and bool((map.copies() == 1).all())
 
 
 def _starts(map: LinearMap) -> Iterator[Index | None]:
