@@ -198,7 +198,7 @@ def test_clipping_narrows(name):
     close(off_diagonal(wide(x).dense()), off_diagonal(same(x).dense()))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["mlp", "conv", "clipped pairs", "residual", "hand-made"])
 def test_tightest_is_never_worse_than_any_member(name):
     graph = traced(name, seed=5, trained=True)
     x = inputs(graph, 4)
@@ -442,7 +442,7 @@ def test_attacks_inside_certified_balls_fail(name):
 
 
 @pytest.mark.parametrize("kind", MAKE)
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", ["mlp", "clipped pairs", "residual"])
 def test_radii_bisections_and_robustness_agree(name, kind):
     graph = traced(name, seed=7, trained=True)
     net, x = graph.model, inputs(graph, 6)
