@@ -104,14 +104,6 @@ class Ellipsoid(Bound):
         classes = self.classes
         return tightest_pairs([margins(classes, self._ends(e), self.p) for e in self._ways])
 
-    def lipschitz(
-        self,
-        x: Float[Tensor, "b ..."] | None = None,
-        eps: float | Float[Tensor, " b"] | None = None,
-    ) -> Constant:
-        """A Lipschitz constant of the whole output vector, see `Bound`."""
-        return self.prefix(self.graph.output)
-
     def per_output(
         self,
         x: Float[Tensor, "b ..."] | None = None,

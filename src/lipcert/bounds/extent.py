@@ -124,10 +124,9 @@ def through_slopes(
         steepest = torch.maximum(high.abs(), low.abs()).max()
         return Extent(before.scale * steepest, None, before.kind, before.failure)
     s, c, r = before.matrix, (low + high) / 2, (high - low) / 2
-    through = c[:, None] * s * c
     moving = (r > 0).nonzero()[:, 0]
     if not len(moving):
-        return normalised(before.scale, through, before.kind, before.failure)
+        return normalised(before.scale, stepped(s, c, r, None), before.kind, before.failure)
     inner, spread = s[moving][:, moving], s[:, moving]
     if read is None or not bool((read != 0).any()):
         added, stretched = r[moving].square(), (c[:, None] * spread).square().sum(0)
@@ -136,12 +135,34 @@ def through_slopes(
         added = r[moving].square() * read[:, moving].square().sum(0)
         stretched = ((read * c) @ spread).square().sum(0)
     gains = multipliers(largest_eigenvalue(inner).clamp(min=0), added, stretched)
-    left, gains = raised_factor(inner, gains)
-    bent = torch.linalg.solve_triangular(left, (spread * c[:, None]).mT, upper=False)
-    through = through + bent.mT @ bent
-    noise = torch.zeros_like(c).index_add(0, moving, gains * r[moving].square())
-    matrix = through + torch.diag(noise)
+    matrix = stepped(s, c, r, gains)
     return normalised(before.scale, (matrix + matrix.mT) / 2, before.kind, before.failure)
+
+
+def stepped(
+    s: Float[Tensor, "*f n n"] | Complex[Tensor, "*f n n"],
+    c: Float[Tensor, " n"],
+    r: Float[Tensor, " n"],
+    gains: Float[Tensor, " m"] | None,
+) -> Tensor:
+    """P = G r^2 + c [S + S (G - S)^-1 S] c, the matrices of one or of many frequencies.
+
+    Args:
+        s: S.
+        c: The middle slopes.
+        r: Half the ranges of the slopes.
+        gains: G on the neurons with r > 0, raised here as far as rounding asks for; None if there
+            are no such neurons.
+    """
+    through = c[:, None] * s * c
+    if gains is None:
+        return through
+    moving = (r > 0).nonzero()[:, 0]
+    spread = s[..., moving]
+    left, gains = _raised_factor(spread[..., moving, :], gains)
+    bent = torch.linalg.solve_triangular(left, (spread * c[:, None]).mH, upper=False)
+    noise = torch.zeros_like(c).index_add(0, moving, gains * r[moving].square())
+    return through + bent.mH @ bent + torch.diag(noise)
 
 
 def multipliers(
@@ -162,7 +183,7 @@ def multipliers(
     return top + ratio.sqrt()
 
 
-def raised_factor(
+def _raised_factor(
     inner: Float[Tensor, "*f m m"] | Complex[Tensor, "*f m m"], gains: Float[Tensor, " m"]
 ) -> tuple[Tensor, Float[Tensor, " m"]]:
     """The Cholesky factor of G - S, and G, raised as far as rounding asks for."""

@@ -113,14 +113,6 @@ class LipLT(Bound):
             local = self._around(x, eps)
             return local_margins(self.classes, local.ends(), local.boxed(), local.around)
 
-    def lipschitz(
-        self,
-        x: Float[Tensor, "b ..."] | None = None,
-        eps: float | Float[Tensor, " b"] | None = None,
-    ) -> Constant:
-        """A Lipschitz constant of the whole output vector, see `Bound`."""
-        return self.prefix(self.graph.output, x, eps)
-
     def per_output(
         self,
         x: Float[Tensor, "b ..."] | None = None,

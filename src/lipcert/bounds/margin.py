@@ -143,13 +143,13 @@ class Bound(nn.Module):
             index: The samples' numbers in their data set, for bounds that keep vectors for each.
         """
 
-    @abstractmethod
     def lipschitz(
         self,
         x: Float[Tensor, "b ..."] | None = None,
         eps: float | Float[Tensor, " b"] | None = None,
     ) -> Constant:
         """A Lipschitz constant of the whole output vector: a number, or `(b,)` if local."""
+        return self.prefix(self.graph.output, x, eps)
 
     @abstractmethod
     def per_output(

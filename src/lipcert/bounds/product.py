@@ -132,14 +132,6 @@ class Product(Bound):
             ends = local.ends()
             return local_margins(self.classes, [e.end for e in ends], ends, local.around)
 
-    def lipschitz(
-        self,
-        x: Float[Tensor, "b ..."] | None = None,
-        eps: float | Float[Tensor, " b"] | None = None,
-    ) -> Constant:
-        """A Lipschitz constant of the whole output vector, see `Bound`."""
-        return self.prefix(self.graph.output, x, eps)
-
     def per_output(
         self,
         x: Float[Tensor, "b ..."] | None = None,

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from lipcert.bounds.extent import Extent, multipliers, normalised, raised_factor
+from lipcert.bounds.extent import Extent, multipliers, normalised, stepped
 from lipcert.kinds import Constant, Kind
 from lipcert.linear_map import LinearMap, Shape
 from lipcert.spectral.circulant import symbol
@@ -100,10 +100,9 @@ def through_cut(
             known.
     """
     s, c, r = before.blocks, (low + high) / 2, (high - low) / 2
-    through = c[:, None] * s * c
     moving = (r > 0).nonzero()[:, 0]
     if not len(moving):
-        return _normalised(before.scale, through)
+        return _normalised(before.scale, stepped(s, c, r, None))
     inner, spread = s[..., moving, :][..., moving], s[..., moving]
     if read is None or not bool((read != 0).any()):
         added = r[moving].square()
@@ -113,10 +112,7 @@ def through_cut(
         added = r[moving].square() * rows[..., moving].abs().square().flatten(0, -2).sum(0)
         stretched = ((rows.conj() * c) @ spread).abs().square().flatten(0, -2).sum(0)
     gains = multipliers(_largest(inner).clamp(min=0), added, stretched)
-    left, gains = raised_factor(inner, gains)
-    bent = torch.linalg.solve_triangular(left, (spread * c[:, None]).mH, upper=False)
-    noise = torch.zeros_like(c).index_add(0, moving, gains * r[moving].square())
-    return _normalised(before.scale, through + bent.mH @ bent + torch.diag(noise))
+    return _normalised(before.scale, stepped(s, c, r, gains))
 
 
 def added_up(parts: list[Waves]) -> Waves:

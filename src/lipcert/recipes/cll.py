@@ -1,6 +1,6 @@
 """Recipes of CLL, whose loss measures margins as distances in the input.
 
-Settings are those of the authors' code (arXiv 2309.06166). There the four settings of two moons,
+Settings are those of the authors' code (arXiv 2309.06166). There the settings of two moons,
 of 6C2F and of 8C2F name the form of the loss that divides each logit by its own constant
 (`losses.cll_per_logit`), those of 4C3F the form that divides each margin by that of the pair
 (`losses.cll`), which the paper describes; which one the published numbers are of can not be told.
@@ -50,7 +50,7 @@ def cll_moons() -> Recipe:
     """Two moons, the paper's illustration: a small MLP that can be right and robust everywhere."""
     return Recipe(
         name="cll-moons",
-        summary="CLL on two moons: an MLP with MaxMin, eps = 0.15, slack 1e-4, under a minute",
+        summary="CLL on two moons: an MLP with MaxMin, eps = 0.15, slack 1e-4, about a minute",
         data=MOONS,
         model=partial(kaiming, make=models.mlp, widths=(10, 20, 40, 40, 20, 10)),
         bound=product_by_power_iteration,
@@ -185,7 +185,7 @@ def gloro_cifar10_c4f3() -> Recipe:
 
 
 def _tiny(name: str, summary: str, slack: float, decay: float, eps: float) -> Recipe:
-    recipe = _small_net(
+    return _small_net(
         name,
         summary,
         models.c8f2_bcp,
@@ -197,7 +197,6 @@ def _tiny(name: str, summary: str, slack: float, decay: float, eps: float) -> Re
         learning_rate=2.5e-4,
         loss_schedules={"scale": Polynomial(0.01, 1.0, power=10)},
     )
-    return recipe
 
 
 def cll_tiny() -> Recipe:
