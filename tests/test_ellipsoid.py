@@ -108,7 +108,7 @@ def test_a_map_and_its_slopes_by_hand():
 
 def test_it_is_the_matrix_inequality():
     """P - (c + r d) S (c + r d) has no negative eigenvalue for any diagonal |d| <= 1."""
-    from lipcert.bounds.extent import Extent, through_slopes
+    from lipcert.bounds.extent import Extent, balanced, through_slopes
 
     torch.manual_seed(0)
     for trial in range(50):
@@ -117,7 +117,7 @@ def test_it_is_the_matrix_inequality():
         high = low + torch.rand(5) * (torch.rand(5) > 0.3)
         read = [None, torch.randn(2, 5), torch.zeros(2, 5)][trial % 3]
         one = torch.ones(())
-        after = through_slopes(Extent(one, a @ a.mT), low, high, read)
+        after = through_slopes(Extent(one, a @ a.mT), low, high, read, balanced)
         p = after.scale**2 * after.matrix
         for _ in range(50):
             slopes = low + (high - low) * torch.rand(5).round()

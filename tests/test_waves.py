@@ -7,6 +7,7 @@ from torch import nn
 import lipcert as lc
 from lipcert.bounds import ellipsoid
 from lipcert.bounds.cover import circular_cover
+from lipcert.bounds.extent import balanced
 from lipcert.bounds.waves import added_up, everything, through_circular, through_cut
 from lipcert.convolution import convolution
 from lipcert.linear_kinds import identity
@@ -31,9 +32,16 @@ def circular(into, out, kernel, stride, grid):
     return convolution(weight, (into, *grid), stride, padding, ones, 1, circular=True)
 
 
+def ball(channels, grid, strides):
+    """The unit ball on a grid that the strides divide."""
+    coarsest = tuple(m // s for m, s in zip(grid, strides, strict=True))
+    return everything(channels, grid, coarsest, ONE, lc.Kind.UPPER)
+
+
 def matrix_of(waves, channels):
     """S as a matrix on flattened images."""
-    extent = waves.onto(identity((channels, *waves.grid)))
+    grid = [m * n for m, n in zip(waves.coarsest, waves.folds, strict=True)]
+    extent = waves.onto(identity((channels, *grid)))
     return extent.scale**2 * extent.matrix
 
 
@@ -49,7 +57,7 @@ def matrix_of(waves, channels):
 def test_convolutions_are_what_their_matrices_say(kernel, stride, grid):
     torch.manual_seed(0)
     first = circular(2, 3, kernel, stride, grid)
-    waves = through_circular(everything(2, grid, ONE), first)
+    waves = through_circular(ball(2, grid, stride), first)
     a = first.dense()
     torch.testing.assert_close(matrix_of(waves, 3), a @ a.mT)
     then = circular(3, 2, (2,) * len(grid), (1,) * len(grid), first.out_shape[1:])
@@ -64,10 +72,10 @@ def test_an_activation_is_above_every_pattern(known):
     """P - D S D has no negative eigenvalue for slopes D that differ from place to place."""
     torch.manual_seed(1)
     first = circular(2, 3, (3, 3), (2, 2), (8, 8))
-    waves = through_circular(everything(2, (8, 8), ONE), first)
+    waves = through_circular(ball(2, (8, 8), (2, 2)), first)
     low, high = torch.tensor([0.0, -0.2, 0.5]), torch.tensor([1.0, 0.7, 0.5])
     read = torch.randn(4, 3, 3, 3) if known else None
-    after = matrix_of(through_cut(waves, low, high, read), 3)
+    after = matrix_of(through_cut(waves, low, high, read, balanced), 3)
     s = matrix_of(waves, 3)
     for _ in range(30):
         share = torch.rand(3, 4, 4).round()
@@ -79,7 +87,7 @@ def test_an_activation_is_above_every_pattern(known):
 def test_sums_hold_every_sum():
     torch.manual_seed(2)
     maps = [circular(2, 3, (3, 3), (1, 1), (4, 4)) for _ in range(2)]
-    waves = [through_circular(everything(2, (4, 4), ONE), m) for m in maps]
+    waves = [through_circular(ball(2, (4, 4), (1, 1)), m) for m in maps]
     total = matrix_of(added_up(waves), 3)
     whole = maps[0].dense() + maps[1].dense()
     assert torch.linalg.eigvalsh(total - whole @ whole.mT)[0] >= -1e-10 * total.abs().max()
@@ -99,7 +107,7 @@ def conv_net(kernel, stride, padding, size, seed, activation=nn.ReLU):
 
 def by_waves(graph):
     bound = lc.Ellipsoid(graph)
-    bound._ways = [way for way in bound._ways if way.waves]
+    bound._ways = [way for way in bound._ways if way.cover is not None]
     assert bound._ways
     return bound
 
@@ -134,7 +142,7 @@ def test_the_best_of_both_is_taken():
     with torch.no_grad():
         both, waves = lc.Ellipsoid(graph), by_waves(graph)
         matrices = lc.Ellipsoid(graph)
-        matrices._ways = [way for way in matrices._ways if not way.waves]
+        matrices._ways = [way for way in matrices._ways if way.cover is None]
         each = torch.stack([waves().dense(), matrices().dense()])
     torch.testing.assert_close(both().dense().detach(), each.amin(0))
 
@@ -184,4 +192,4 @@ def test_gradients_and_broken_weights():
 
 def test_networks_without_convolutions_have_no_waves():
     assert circular_cover(lc.trace(nn.Sequential(nn.Linear(3, 2)), (3,))) is None
-    assert all(not w.waves for w in lc.Ellipsoid(lc.trace(nn.Linear(3, 2), (3,)))._ways)
+    assert all(w.cover is None for w in lc.Ellipsoid(lc.trace(nn.Linear(3, 2), (3,)))._ways)

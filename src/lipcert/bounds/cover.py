@@ -32,10 +32,12 @@ class Cover:
         graph: Its nodes, those of the network that have one first, up to the last of them.
         of: For each node of the network that has one its cover: the same value on the first cells
             of each axis of a larger grid.
+        coarsest: Cells of each axis of a grid of which all others are multiples.
     """
 
     graph: Graph
     of: dict[Node, Node]
+    coarsest: Shape
 
 
 def circular_cover(graph: Graph) -> Cover | None:
@@ -47,9 +49,7 @@ def circular_cover(graph: Graph) -> Cover | None:
     strides = _strides(graph)
     if not any(isinstance(n.op, Affine) for n in strides):
         return None
-    cells = _cells(strides)
-    if cells is None:
-        return None
+    cells, steps = _cells(strides)
     covers: dict[Node, Node] = {}
     nodes: list[Node] = []
     for n, stride in strides.items():
@@ -58,7 +58,8 @@ def circular_cover(graph: Graph) -> Cover | None:
         cover = Node(_covered(n, grid), inputs or (n,), grid, n.name)
         nodes += [cover] if inputs else [n, cover]
         covers[n] = cover
-    return Cover(dataclasses.replace(graph, nodes=tuple(nodes)), covers)
+    coarsest = tuple(m // s for m, s in zip(cells, steps, strict=True))
+    return Cover(dataclasses.replace(graph, nodes=tuple(nodes)), covers, coarsest)
 
 
 def _strides(graph: Graph) -> dict[Node, Shape]:
@@ -107,8 +108,11 @@ def _same_everywhere(n: Node) -> bool:
     return all(slope.numel() == math.prod(slope.shape[:1]) for slope in everywhere(n))
 
 
-def _cells(strides: dict[Node, Shape]) -> Shape | None:
-    """Cells an axis of the input's grid: room for every convolution, divisible by every stride."""
+def _cells(strides: dict[Node, Shape]) -> tuple[Shape, Shape]:
+    """Cells an axis of the input's grid, with room for every convolution, and their divisors.
+
+    The divisor of an axis is a multiple of every stride.
+    """
     axes = len(next(iter(strides.values())))
     needs, steps = [1] * axes, [1] * axes
     for n, stride in strides.items():
@@ -118,7 +122,8 @@ def _cells(strides: dict[Node, Shape]) -> Shape | None:
         for axis in range(axes):
             needs[axis] = max(needs[axis], room[axis] * before[axis])
             steps[axis] = math.lcm(steps[axis], stride[axis])
-    return tuple(-(-need // step) * step for need, step in zip(needs, steps, strict=True))
+    cells = tuple(-(-need // step) * step for need, step in zip(needs, steps, strict=True))
+    return cells, tuple(steps)
 
 
 def _covered(n: Node, grid: Shape) -> Affine | Slope | Sum:

@@ -17,6 +17,8 @@ that the logits read.
 Reference: this library; of the family of ECLipsE and of LipSDP (arXiv 1906.04893).
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +38,7 @@ class Extent:
     """S = scale^2 * matrix, or scale^2 * identity where there is no matrix.
 
     Attributes:
-        scale: A number, float64.
+        scale: A number, of the precision of the matrix.
         matrix: Its largest entry is about 1.
         kind: What S claims.
         failure: Probability that the claim is false.
@@ -59,18 +61,63 @@ class Extent:
         if self.matrix is None:
             return None
         values, vectors = torch.linalg.eigh(self.matrix)
-        slack = len(values) * torch.finfo(values.dtype).eps * values[-1].detach().clamp(min=1e-300)
-        return vectors * (values.clamp(min=0) + slack).sqrt()
+        slack = len(values) * torch.finfo(values.dtype).eps * values[-1].detach()
+        return vectors * (values.clamp(min=0) + slack.clamp(min=1e-30)).sqrt()
 
 
-def largest_eigenvalue(matrix: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
-    """The largest eigenvalue; in the gradient only its own vector counts."""
+@dataclass(frozen=True)
+class Moving:
+    """What multipliers are chosen by: the neurons whose slopes have a range, r > 0.
+
+    Attributes:
+        matrices: S of them, one matrix or one a frequency, the largest entry about 1.
+        middle: c, their middle slopes.
+        half: r, half the ranges.
+        added: a_i = r_i^2 |V_i|^2, the weight of what is added, V being the rows that are read; the
+            identity where these are not known.
+        stretched: b_i = |(V c S)_i|^2, the weight of what is stretched.
+    """
+
+    matrices: Float[Tensor, "*f m m"] | Complex[Tensor, "*f m m"]
+    middle: Float[Tensor, " m"]
+    half: Float[Tensor, " m"]
+    added: Float[Tensor, " m"]
+    stretched: Float[Tensor, " m"]
+
+    def top(self) -> Float[Tensor, ""]:
+        """The largest eigenvalue of any of the matrices."""
+        return largest_eigenvalue(self.matrices).clamp(min=0)
+
+
+Gains = Callable[[Moving], Tensor]
+"""Gives G, one number a neuron; raised afterwards as far as rounding asks for."""
+
+
+def balanced(moving: Moving) -> Float[Tensor, " m"]:
+    """g_i = top + sqrt(b_i / a_i), which minimises a bound of tr(V P V^T)."""
+    most, least = moving.stretched.detach().max(), moving.added.detach().max()
+    top = moving.top()
+    if most == 0 or least == 0:
+        return top.expand(len(moving.added))
+    b = moving.stretched.clamp(min=float(_FLOOR * most))
+    return top + (b / moving.added.clamp(min=float(_FLOOR * least))).sqrt()
+
+
+def largest_eigenvalue(
+    matrices: Float[Tensor, "*f n n"] | Complex[Tensor, "*f n n"],
+) -> Float[Tensor, ""]:
+    """The largest eigenvalue of any; in the gradient only its own vector counts."""
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
     with torch.no_grad():
-        if not matrix.requires_grad:
-            return torch.linalg.eigvalsh(matrix)[-1]
-        values, vectors = torch.linalg.eigh(matrix)
-        top = vectors[:, -1]
-    return values[-1] + (top @ matrix @ top - (top @ matrix @ top).detach())
+        if not flat.abs().sum().isfinite():
+            return flat.real.new_full((), torch.nan)
+        values = torch.linalg.eigvalsh(flat)[:, -1]
+        where = values.argmax()
+        if not matrices.requires_grad:
+            return values[where]
+        top = torch.linalg.eigh(flat[where])[1][:, -1]
+    seen = (top.conj() @ flat[where] @ top).real
+    return values[where] + seen - seen.detach()
 
 
 def normalised(scale: Tensor, matrix: Tensor, kind: Kind, failure: float) -> Extent:
@@ -78,16 +125,30 @@ def normalised(scale: Tensor, matrix: Tensor, kind: Kind, failure: float) -> Ext
 
     A matrix that is not finite becomes a ball without a radius: eigenvalues of it raise errors.
     """
-    largest = matrix.detach().abs().max()
-    if not largest.isfinite():
+    power = power_of_two(matrix)
+    if not power.isfinite():
         return Extent(scale * torch.nan, None, kind, failure)
-    # A power of two, so that nothing is rounded; even, so that its root is one too.
-    power = 4.0 ** torch.floor(torch.log2(largest.where(largest > 0, 1)) / 2)
-    return Extent(scale * power.sqrt(), matrix / power, kind, failure)
+    return Extent(scale * power.sqrt(), (matrix + matrix.mT) / (2 * power), kind, failure)
 
 
-def through_map(before: Extent, map: LinearMap, norm: Constant | None) -> Extent:
-    """A S A^T; with `norm` given only |A|^2 times the longest half axis, as a ball."""
+def power_of_two(matrices: Tensor) -> Tensor:
+    """About the largest entry: a power of two, so that nothing is rounded; even, as its root is."""
+    numbers = matrices.detach()
+    largest = (torch.view_as_real(numbers) if numbers.is_complex() else numbers).abs().max()
+    return 4.0 ** torch.floor(torch.log2(largest.where(largest != 0, 1)) / 2)
+
+
+def through_map(
+    before: Extent, map: LinearMap, norm: Constant | None = None, passive: int = 0
+) -> Extent:
+    """A S A^T; with `norm` given only |A|^2 times the longest half axis, as a ball.
+
+    Args:
+        before: Of its input.
+        map: A.
+        norm: |A|, to take the ball.
+        passive: How many entries at the end of S are other nodes', which stay as they are.
+    """
     if isinstance(map, Index) and map.is_reshape:
         return before
     if norm is not None:
@@ -95,14 +156,17 @@ def through_map(before: Extent, map: LinearMap, norm: Constant | None) -> Extent
         kind = weakest((norm.kind, before.kind))
         failure = min(1.0, norm.failure + before.failure)
         return Extent(longest.value * norm.value.to(longest.value), None, kind, failure)
-    if before.matrix is None:
-        eye = torch.eye(map.out_size).to(map.like).to(before.scale)
-        right = map.adjoint(eye.reshape(-1, *map.out_shape))
+    s, size = before.matrix, map.in_size
+    if s is None:
+        eye = torch.eye(map.out_size).to(before.scale)
+        left = map.adjoint(eye.reshape(-1, *map.out_shape)).flatten(1)
     else:
-        rows = map.apply(before.matrix.reshape(-1, *map.in_shape)).flatten(1)
-        right = rows.mT.reshape(-1, *map.in_shape)
-    product = map.apply(right).flatten(1)
-    return normalised(before.scale, (product + product.mT) / 2, before.kind, before.failure)
+        rows = map.apply(s[:, :size].reshape(-1, *map.in_shape)).flatten(1)
+        left = torch.cat([rows, s[:, size:]], 1).mT if passive else rows.mT
+    product = map.apply(left[:, :size].reshape(-1, *map.in_shape)).flatten(1)
+    if passive:
+        product = torch.cat([product, left[:, size:]], 1)
+    return normalised(before.scale, product, before.kind, before.failure)
 
 
 def through_slopes(
@@ -110,33 +174,33 @@ def through_slopes(
     low: Float[Tensor, " n"],
     high: Float[Tensor, " n"],
     read: Float[Tensor, "k n"] | None,
+    gains: Gains,
 ) -> Extent:
-    """The step of an elementwise function.
+    """The step of an elementwise function; entries that pass have the slopes 1 and 1.
 
     Args:
         before: Of its input.
         low: Least slopes.
         high: Greatest slopes.
-        read: Rows that later layers read of the output, to choose the multipliers by; None if not
-            known.
+        read: Rows that later layers read of the output; None if not known.
+        gains: Chooses the multipliers.
     """
     if before.matrix is None:
         steepest = torch.maximum(high.abs(), low.abs()).max()
         return Extent(before.scale * steepest, None, before.kind, before.failure)
     s, c, r = before.matrix, (low + high) / 2, (high - low) / 2
-    moving = (r > 0).nonzero()[:, 0]
-    if not len(moving):
-        return normalised(before.scale, stepped(s, c, r, None), before.kind, before.failure)
-    inner, spread = s[moving][:, moving], s[:, moving]
-    if read is None or not bool((read != 0).any()):
-        added, stretched = r[moving].square(), (c[:, None] * spread).square().sum(0)
-    else:
-        read = read / read.detach().abs().max()
-        added = r[moving].square() * read[:, moving].square().sum(0)
-        stretched = ((read * c) @ spread).square().sum(0)
-    gains = multipliers(largest_eigenvalue(inner).clamp(min=0), added, stretched)
-    matrix = stepped(s, c, r, gains)
-    return normalised(before.scale, (matrix + matrix.mT) / 2, before.kind, before.failure)
+    found = None
+    if bool((r > 0).any()):
+        moving = (r > 0).nonzero()[:, 0]
+        spread = s[:, moving]
+        if read is None or not bool((read != 0).any()):
+            added, stretched = r[moving].square(), (c[:, None] * spread).square().sum(0)
+        else:
+            read = read / read.detach().abs().max()
+            added = r[moving].square() * read[:, moving].square().sum(0)
+            stretched = ((read * c) @ spread).square().sum(0)
+        found = gains(Moving(spread[moving], c[moving], r[moving], added, stretched))
+    return normalised(before.scale, stepped(s, c, r, found), before.kind, before.failure)
 
 
 def stepped(
@@ -154,33 +218,37 @@ def stepped(
         gains: G on the neurons with r > 0, raised here as far as rounding asks for; None if there
             are no such neurons.
     """
-    through = c[:, None] * s * c
     if gains is None:
-        return through
+        return c[:, None] * s * c
+    if bool((c.abs() == r).all()):
+        root = roots_stepped(s, c, r, gains)
+        return root.mH @ root
     moving = (r > 0).nonzero()[:, 0]
     spread = s[..., moving]
     left, gains = _raised_factor(spread[..., moving, :], gains)
     bent = torch.linalg.solve_triangular(left, (spread * c[:, None]).mH, upper=False)
     noise = torch.zeros_like(c).index_add(0, moving, gains * r[moving].square())
-    return through + bent.mH @ bent + torch.diag(noise)
+    return c[:, None] * s * c + bent.mH @ bent + torch.diag(noise)
 
 
-def multipliers(
-    top: Float[Tensor, ""], added: Float[Tensor, " m"], stretched: Float[Tensor, " m"]
-) -> Float[Tensor, " m"]:
-    """g_i = top + sqrt(b_i / a_i), which minimises a bound of tr(V P V^T).
-
-    Args:
-        top: The largest eigenvalue of S.
-        added: a_i = r_i^2 |V_i|^2, the weight of what is added; V are the rows that are read, the
-            identity where these are not known.
-        stretched: b_i = |(V c S)_i|^2, the weight of what is stretched.
-    """
-    most, least = stretched.detach().max(), added.detach().max()
-    if most == 0 or least == 0:
-        return top.expand(len(added))
-    ratio = stretched.clamp(min=float(_FLOOR * most)) / added.clamp(min=float(_FLOOR * least))
-    return top + ratio.sqrt()
+def roots_stepped(
+    s: Float[Tensor, "*f n n"] | Complex[Tensor, "*f n n"],
+    c: Float[Tensor, " n"],
+    r: Float[Tensor, " n"],
+    gains: Float[Tensor, " m"],
+) -> Tensor:
+    """R with R^H R >= P, see `stepped`."""
+    if bool((c.abs() == r).all()):  # slopes from 0 on: P = c G (G - S)^-1 G c
+        left, gains = _raised_factor(s, gains)
+        right = torch.diag((gains * c).to(s)).expand_as(s)
+        return torch.linalg.solve_triangular(left, right, upper=False)
+    matrices = stepped(s, c, r, gains)
+    noise = torch.finfo(c.dtype).eps * matrices.detach().diagonal(dim1=-2, dim2=-1).real.amax()
+    while True:
+        noise = 16 * len(c) * noise
+        left, info = torch.linalg.cholesky_ex(matrices + noise * torch.eye(len(c)).to(matrices))
+        if not bool(info.any()) or not bool(noise.isfinite()):
+            return left.mH
 
 
 def _raised_factor(
@@ -196,68 +264,54 @@ def _raised_factor(
         margin *= 16
 
 
-def together(parts: list[Extent], size: int, dense: bool) -> Extent:
-    """The sum of the changes of several nodes of one shape.
+def through_opaque(before: Extent, op: Lipschitz, size: int, passive: int = 0) -> Extent:
+    """A function of which only the constant is known: a ball again, if it stands alone.
 
-    (sum a_i) (sum a_i)^T <= sum a_i a_i^T / theta_i for shares theta that add up to 1; how the
-    nodes depend on each other is given up.
+    Beside other nodes it is a step with c = 0 and r = its constant, one multiplier for all entries:
+    they hold as in the recursion, as that only asks for psi^T psi <= dz^T dz.
+
+    Args:
+        before: Of its input.
+        op: The function.
+        size: How many entries its input has.
+        passive: As for `through_map`.
     """
-    kind, failure = weakest(p.kind for p in parts), min(1.0, sum(p.failure for p in parts))
-    if not dense or all(p.matrix is None for p in parts):
-        value = torch.stack([p.radius().value for p in parts]).sum()
-        return Extent(value, None, kind, failure)
-    largest = torch.stack([p.scale.detach() for p in parts]).max()
-    scale = largest.where(largest > 0, 1)
-    matrices = [_matrix(p, size) * (p.scale / scale).square() for p in parts]
-    total = sum(m / t for m, t in zip(matrices, _shares(matrices), strict=True))
-    assert isinstance(total, Tensor)
-    return normalised(scale, total, kind, failure)
+    constant = torch.as_tensor(op.constant()).to(before.scale)
+    kind = weakest((op.kind, before.kind))
+    if not passive:
+        return Extent(constant * before.radius().value, None, kind, before.failure)
+    s, out = before.matrix, math.prod(op.shape)
+    assert s is not None
+    inner, across = s[:size, :size], s[:size, size:]
+    one = constant.new_ones(1)
+    added, stretched = out * constant.square()[None], across.square().sum()[None]
+    gain = balanced(Moving(inner, 0 * one, constant[None], added, stretched))
+    left, gains = _raised_factor(inner, gain.expand(size))
+    bent = torch.linalg.solve_triangular(left, across, upper=False)
+    ball = torch.diag((gains[0] * constant.square()).expand(out))
+    matrix = torch.block_diag(ball, s[size:, size:] + bent.mT @ bent)
+    return normalised(before.scale, matrix, kind, before.failure)
 
 
-def stacked(parts: list[Extent], sizes: list[int], dense: bool) -> Extent:
-    """The changes of several nodes one behind the other, as `together` shared among them."""
-    kind, failure = weakest(p.kind for p in parts), min(1.0, sum(p.failure for p in parts))
-    if not dense or all(p.matrix is None for p in parts):
-        radii = torch.stack([p.radius().value for p in parts])
-        return Extent(torch.linalg.vector_norm(radii), None, kind, failure)
-    largest = torch.stack([p.scale.detach() for p in parts]).max()
-    scale = largest.where(largest > 0, 1)
-    matrices = [
-        _matrix(p, n) * (p.scale / scale).square() for p, n in zip(parts, sizes, strict=True)
-    ]
-    blocks = [m / t for m, t in zip(matrices, _shares(matrices), strict=True)]
-    return normalised(scale, torch.block_diag(*blocks), kind, failure)
-
-
-def _matrix(part: Extent, size: int) -> Float[Tensor, "n n"]:
-    return torch.eye(size).to(part.scale) if part.matrix is None else part.matrix
-
-
-def _shares(matrices: list[Tensor]) -> list[Tensor]:
-    """Shares that minimise the trace of the sum."""
-    roots = torch.stack([m.detach().trace().clamp(min=0).sqrt() for m in matrices])
-    roots = roots + _FLOOR * roots.max() + 1e-300
-    return list(roots / roots.sum())
-
-
-def through_opaque(before: Extent, op: Lipschitz) -> Extent:
-    """A function of which only the constant is known: a ball again."""
-    longest = before.radius()
-    value = torch.as_tensor(op.constant()).to(longest.value) * longest.value
-    return Extent(value, None, weakest((op.kind, before.kind)), before.failure)
-
-
-def through_expansion(before: Extent, e: Expansion, read: Float[Tensor, "k n"] | None) -> Extent:
+def through_expansion(
+    before: Extent, e: Expansion, read: Float[Tensor, "k n"] | None, gains: Gains, passive: int = 0
+) -> Extent:
     """A function that acts elementwise in other coordinates.
 
     Args:
         before: Of its input.
         e: The coordinates and the slopes there.
-        read: Rows that later layers read of its output, as for `through_slopes`.
+        read: As for `through_slopes`, of its output.
+        gains: Chooses the multipliers.
+        passive: As for `through_map`.
     """
-    middle = None
+    size, like = e.after.out_size, before.scale
     if read is not None:
-        middle = e.after.adjoint(read.reshape(-1, *e.after.out_shape)).flatten(1)
-    low, high = (slope.flatten().to(before.scale) for slope in (e.low, e.high))
-    inside = through_map(before, e.before, None)
-    return through_map(through_slopes(inside, low, high, middle), e.after, None)
+        inside = e.after.to(like.dtype).adjoint(read[:, :size].reshape(-1, *e.after.out_shape))
+        read = torch.cat([inside.flatten(1), read[:, size:]], 1)
+    low, high = (
+        torch.cat([slope.flatten().to(like), like.new_ones(passive)]) for slope in (e.low, e.high)
+    )
+    into = through_map(before, e.before.to(like.dtype), passive=passive)
+    bent = through_slopes(into, low, high, read, gains)
+    return through_map(bent, e.after.to(like.dtype), passive=passive)

@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipcert.graph import Affine, Node, Sum
-from lipcert.linear_kinds import Dense, identity
-from lipcert.linear_map import LinearMap
+from lipcert.linear_kinds import Dense, Index, identity
+from lipcert.linear_map import Composition, LinearMap
 from lipcert.simplify import simplify
 
 
@@ -23,8 +23,17 @@ def tail(output: Node) -> list[tuple[LinearMap | None, Node]]:
 
 def rows_of(map: LinearMap | None, source: Node) -> Float[Tensor, "classes n"]:
     """The rows of a map's matrix, float64."""
-    map = identity(source.shape) if map is None else simplify(map.to(torch.float64))
-    if isinstance(map, Dense) and len(map.in_shape) == 1:
-        return map.weight
-    basis = torch.eye(map.out_size, dtype=torch.float64, device=map.like.device)
+    return matrix_of(identity(source.shape) if map is None else simplify(map.to(torch.float64)))
+
+
+def matrix_of(map: LinearMap) -> Float[Tensor, "out in"]:
+    """The matrix of a simplified map, for less than applying it takes where it is a dense layer."""
+    match map:
+        case Dense() if len(map.in_shape) == 1:
+            return map.weight
+        case Composition(factors=(Index(is_reshape=True), Dense() as last)) if (
+            len(last.in_shape) == 1
+        ):
+            return last.weight
+    basis = torch.eye(map.out_size).to(map.like)
     return map.adjoint(basis.reshape(-1, *map.out_shape)).flatten(1)

@@ -5,9 +5,15 @@ starts as a ball stays a matrix S(f) a frequency f: a stride adds up the frequen
 onto one, and an activation takes one multiplier a channel, the same at every place. What bounds the
 circular network bounds the zero-padded one, which is a part of it.
 
+Images are real, so S(-f) is the conjugate of S(f) and half of the frequencies are enough. They are
+chosen on the coarsest grid of the network; a finer grid takes all of its frequencies that fold onto
+those, so that a stride is a sum over neighbours in memory.
+
 Notation as in `extent`; S(f) acts on z's Fourier coefficients, those of the unitary transform.
 """
 
+import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -15,73 +21,121 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from lipcert.bounds.extent import Extent, multipliers, normalised, stepped
+from lipcert.bounds.extent import (
+    Extent,
+    Gains,
+    Moving,
+    largest_eigenvalue,
+    normalised,
+    power_of_two,
+    roots_stepped,
+)
+from lipcert.bounds.live import shares_of
+from lipcert.bounds.tail import matrix_of
+from lipcert.convolution import Conv
 from lipcert.kinds import Constant, Kind
 from lipcert.linear_map import LinearMap, Shape
-from lipcert.spectral.circulant import symbol
 
 
 @dataclass(frozen=True)
 class Waves:
-    """S(f) = scale^2 * blocks[f] at every frequency f of a grid, index k for k / cells cycles.
+    """S(f) = scale^2 R(f)^H R(f) at half of the frequencies f of a grid.
 
     Attributes:
-        scale: A number, float64.
-        blocks: Hermitian, the largest entry about 1.
+        scale: A number, of the precision of the roots.
+        roots: R, entries of moderate size; for each frequency of the coarsest grid (those of its
+            last axis up to the middle) all that fold onto it.
+        coarsest: Cells of each axis of the coarsest grid.
+        folds: How many times as many cells each axis of this grid has.
+        kind: What S claims.
     """
 
     scale: Tensor
-    blocks: Complex[Tensor, "*grid c c"]
+    roots: Complex[Tensor, "f folds m c"]
+    coarsest: Shape
+    folds: Shape
+    kind: Kind = Kind.UPPER
 
-    @property
-    def grid(self) -> Shape:
-        """Cells of each axis."""
-        return tuple(self.blocks.shape[:-2])
+    def matrices(self) -> Complex[Tensor, "f folds c c"]:
+        """S(f) / scale^2."""
+        return self.roots.mH @ self.roots
 
     def radius(self) -> Constant:
         """A Lipschitz constant of the node: the longest half axis."""
-        return Constant(self.scale * _largest(self.blocks).clamp(min=0).sqrt(), Kind.UPPER)
+        top = largest_eigenvalue(self.matrices()).clamp(min=0)
+        return Constant(self.scale * top.sqrt(), self.kind)
 
     def ball(self) -> Extent:
         """The ball around it."""
-        return Extent(self.radius().value)
+        return Extent(self.radius().value, kind=self.kind)
 
     def onto(self, map: LinearMap) -> Extent:
         """The ellipsoid of the outputs of a map of the image, as a matrix."""
-        eye = torch.eye(map.out_size).to(map.like).to(self.scale)
-        rows = self._transformed(map.adjoint(eye.reshape(-1, *map.out_shape)))
-        seen = (self.blocks @ rows.mT).mT  # S(f) v for each row v
-        product = torch.einsum("...ic,...jc->ij", rows.conj(), seen).real
-        return normalised(self.scale, (product + product.mT) / 2, Kind.UPPER, 0.0)
+        rows = matrix_of(map).to(self.scale)
+        rows, power = _unit(rows)
+        seen = self.transformed(rows.reshape(-1, *map.in_shape)) @ self.roots.mT
+        seen = torch.view_as_real((seen * self.weights().sqrt()).movedim(-2, 0)).flatten(1)
+        return normalised(self.scale * power, seen @ seen.mT, self.kind, 0.0)
 
-    def _transformed(self, images: Float[Tensor, "k c *cells"]) -> Complex[Tensor, "*grid k c"]:
+    def transformed(self, images: Float[Tensor, "k c *cells"]) -> Complex[Tensor, "f folds k c"]:
         """The Fourier coefficients of images that are zero on the rest of the grid."""
-        axes = tuple(range(2, images.ndim))
-        found = torch.fft.fftn(images.to(self.scale), s=self.grid, dim=axes, norm="ortho")
-        return found.movedim((0, 1), (-2, -1))
+        axes, found = len(self.folds), images.to(self.roots.dtype)
+        split: list[int] = []
+        for axis, (m, fold) in enumerate(zip(self.coarsest, self.folds, strict=True)):
+            kept = m if axis < axes - 1 else m // 2 + 1
+            index = (torch.arange(fold)[:, None] * m + torch.arange(kept)).flatten()
+            angles = torch.outer(torch.arange(images.shape[2 + axis]), index) * (2 * math.pi)
+            # Few cells and frequencies an axis: as matrices they take a third of torch.fft's time.
+            turns = torch.polar(torch.ones(()).double(), -angles.double() / (m * fold))
+            turns = (turns / math.sqrt(m * fold)).to(found)
+            found = found.movedim(2 + axis, -1)
+            turned = found.reshape(-1, found.shape[-1]) @ turns
+            found = turned.reshape(*found.shape[:-1], -1).movedim(-1, 2 + axis)
+            split += [fold, kept]
+        found = found.reshape(*found.shape[:2], *split)
+        order = [*range(3, 3 + 2 * axes, 2), *range(2, 2 + 2 * axes, 2), 0, 1]
+        return found.permute(order).flatten(0, axes - 1).flatten(1, axes)
+
+    def weights(self) -> Float[Tensor, "f 1 1 1"]:
+        """How many frequencies of the whole grid each one stands for: itself and its negative."""
+        last = self.coarsest[-1]
+        along = torch.full((last // 2 + 1,), 2.0).to(self.scale)
+        along[0] = 1
+        if last % 2 == 0:
+            along[-1] = 1
+        return along.repeat(math.prod(self.coarsest[:-1]))[:, None, None, None]
 
 
-def everything(channels: int, grid: Shape, like: Tensor) -> Waves:
-    """The unit ball of images on a grid."""
-    eye = torch.eye(channels, dtype=torch.complex128, device=like.device)
-    return Waves(torch.ones_like(like), eye.expand(*grid, channels, channels))
+def everything(channels: int, grid: Shape, coarsest: Shape, like: Tensor, kind: Kind) -> Waves:
+    """The unit ball of images on a grid.
+
+    Args:
+        channels: How many.
+        grid: Cells of each axis.
+        coarsest: Those of the coarsest grid of the network; they divide the others.
+        like: A number of the precision and on the device to work on.
+        kind: What is to be claimed in that precision.
+    """
+    folds = tuple(m // n for m, n in zip(grid, coarsest, strict=True))
+    eye = torch.eye(channels, dtype=like.dtype.to_complex(), device=like.device)
+    frequencies = math.prod(coarsest[:-1]) * (coarsest[-1] // 2 + 1)
+    roots = eye.expand(frequencies, math.prod(folds), channels, channels)
+    return Waves(torch.ones_like(like), roots, coarsest, folds, kind)
 
 
-def through_circular(before: Waves, map: LinearMap) -> Waves:
+def through_circular(before: Waves, conv: Conv) -> Waves:
     """A circular convolution with a stride that divides the grid."""
-    grid = map.out_shape[1:]
-    index = torch.cartesian_prod(*(torch.arange(m) for m in grid)).reshape(-1, len(grid))
-    at = (index.to(torch.float64) / torch.tensor(grid).to(torch.float64)).to(before.scale.device)
-    matrices = symbol(map, at).flatten(3).movedim(3, 1)  # (f, aliases, out, in)
-    folds = [n // m for n, m in zip(before.grid, grid, strict=True)]
-    # Input frequency k + a m folds onto k of m cells: split each axis into (a, k).
-    split = [size for fold, m in zip(folds, grid, strict=True) for size in (fold, m)]
-    blocks = before.blocks.reshape(*split, *before.blocks.shape[-2:])
-    axes = len(grid)
-    order = [*range(1, 2 * axes, 2), *range(0, 2 * axes, 2), 2 * axes, 2 * axes + 1]
-    blocks = blocks.permute(order).reshape(len(at), math.prod(folds), *before.blocks.shape[-2:])
-    product = (matrices @ blocks @ matrices.mH).sum(1)
-    return _normalised(before.scale, product.reshape(*grid, *product.shape[-2:]))
+    weight, power = _unit(conv.weight.to(before.scale))
+    carried = before.roots @ _symbols(before, conv, weight).mH
+    folds = tuple(a // s for a, s in zip(before.folds, conv.stride, strict=True))
+    # Along each axis, frequency k + m of the finer grid of m s cells folds onto k of m.
+    split = [n for pair in zip(conv.stride, folds, strict=True) for n in pair]
+    axes, order = len(folds), len(carried)
+    carried = carried.reshape(order, *split, *carried.shape[-2:])
+    places = [0, *range(2, 2 + 2 * axes, 2), *range(1, 1 + 2 * axes, 2), -2, -1]
+    carried = carried.permute(places).reshape(order, math.prod(folds), -1, conv.out_shape[0])
+    scale = before.scale * power / math.sqrt(math.prod(conv.stride))
+    return dataclasses.replace(before, scale=scale, roots=carried, folds=folds)
 
 
 def through_cut(
@@ -89,6 +143,7 @@ def through_cut(
     low: Float[Tensor, " c"],
     high: Float[Tensor, " c"],
     read: Float[Tensor, "k c *cells"] | None,
+    gains: Gains,
 ) -> Waves:
     """An activation with one range of slopes a channel.
 
@@ -98,50 +153,74 @@ def through_cut(
         high: Greatest slopes.
         read: Rows that later layers read of its output, on the cells of the network; None if not
             known.
+        gains: Chooses the multipliers.
     """
-    s, c, r = before.blocks, (low + high) / 2, (high - low) / 2
-    moving = (r > 0).nonzero()[:, 0]
-    if not len(moving):
-        return _normalised(before.scale, stepped(s, c, r, None))
-    inner, spread = s[..., moving, :][..., moving], s[..., moving]
-    if read is None or not bool((read != 0).any()):
-        added = r[moving].square()
-        stretched = (c[:, None] * spread).abs().square().sum(-2).flatten(0, -2).mean(0)
-    else:
-        rows = before._transformed(read / read.detach().abs().max())
-        added = r[moving].square() * rows[..., moving].abs().square().flatten(0, -2).sum(0)
-        stretched = ((rows.conj() * c) @ spread).abs().square().flatten(0, -2).sum(0)
-    gains = multipliers(_largest(inner).clamp(min=0), added, stretched)
-    return _normalised(before.scale, stepped(s, c, r, gains))
+    s, c, r = before.matrices(), (low + high) / 2, (high - low) / 2
+    power = power_of_two(s.detach().diagonal(dim1=-2, dim2=-1))
+    power = power.where(power.isfinite(), 1)
+    s, scale, found = s / power, before.scale * power.sqrt(), None
+    if bool((r > 0).any()):
+        moving = (r > 0).nonzero()[:, 0]
+        spread = s if len(moving) == len(c) else s[..., moving]
+        inner = s if len(moving) == len(c) else spread[..., moving, :]
+        if read is None or not bool((read != 0).any()):
+            added = r[moving].square() * math.prod(before.coarsest) * math.prod(before.folds)
+            stretched = c[:, None] * spread
+        else:
+            rows = before.transformed(read / read.detach().abs().max())
+            weighted = _squares(rows) * before.weights()
+            added = r[moving].square() * weighted.sum((0, 1, 2))[moving]
+            stretched = (rows.conj() * c) @ spread
+        stretched = (_squares(stretched) * before.weights()).sum((0, 1, 2))
+        found = gains(Moving(inner, c[moving], r[moving], added, stretched))
+    roots = before.roots * (c / power.sqrt()) if found is None else roots_stepped(s, c, r, found)
+    return dataclasses.replace(before, scale=scale, roots=roots)
 
 
 def added_up(parts: list[Waves]) -> Waves:
-    """The sum of the changes of several nodes, split as in `extent.together`."""
+    """The sum of the changes of several nodes, split as in `live.together`."""
     largest = torch.stack([p.scale.detach() for p in parts]).max()
     scale = largest.where(largest > 0, 1)
-    blocks = [p.blocks * (p.scale / scale).square() for p in parts]
-    traces = [b.detach().diagonal(dim1=-2, dim2=-1).real.sum() for b in blocks]
-    roots = torch.stack(traces).clamp(min=0).sqrt()
-    roots = roots + 1e-12 * roots.max() + 1e-300
-    total = torch.stack([b * (roots.sum() / t) for b, t in zip(blocks, roots, strict=True)]).sum(0)
-    return _normalised(scale, total)
+    roots = [p.roots * (p.scale / scale) for p in parts]
+    shares = shares_of([_squares(root.detach()).sum() for root in roots])
+    stacked = torch.cat([root / share.sqrt() for root, share in zip(roots, shares, strict=True)], 2)
+    return dataclasses.replace(parts[0], scale=scale, roots=stacked)
 
 
-def _normalised(scale: Tensor, blocks: Tensor) -> Waves:
-    largest = blocks.detach().abs().max()
-    usable = (largest > 0) & largest.isfinite()
-    power = 4.0 ** torch.floor(torch.log2(largest.where(usable, 1)) / 2)
-    return Waves(scale * power.sqrt(), (blocks + blocks.mH) / (2 * power))
+def _symbols(before: Waves, conv: Conv, weight: Tensor) -> Complex[Tensor, "f folds out in"]:
+    """The matrices of a circular convolution at the frequencies of its input."""
+    taps = torch.tensor(list(itertools.product(*(range(k) for k in conv.kernel))))
+    offsets = taps * torch.tensor(conv.dilation) - torch.tensor([b for b, _ in conv.padding])
+    angles = 2 * math.pi * (_frequencies(before.coarsest, before.folds) @ offsets.double().mT)
+    phases = torch.cat([angles.cos(), angles.sin()], 1).reshape(2 * len(angles), -1)
+    weight = weight.flatten(2)
+    if conv.groups > 1:
+        parts = weight.unflatten(0, (conv.groups, -1)).unbind()
+        taps_first = [torch.block_diag(*(p[..., t] for p in parts)) for t in range(len(taps))]
+        weight = torch.stack(taps_first, -1)
+    out, into = weight.shape[:2]
+    values = phases.to(weight) @ weight.reshape(out * into, -1).mT
+    real, imaginary = values.reshape(-1, 2, out * into).unbind(1)
+    matrices = torch.complex(real.contiguous(), imaginary.contiguous())
+    return matrices.reshape(len(before.roots), -1, out, into)
 
 
-def _largest(blocks: Complex[Tensor, "*grid c c"]) -> Float[Tensor, ""]:
-    """The largest eigenvalue of any; in the gradient only its own vector counts."""
-    flat = blocks.flatten(0, -3)
-    with torch.no_grad():
-        if not flat.abs().sum().isfinite():
-            return torch.full_like(flat.real[0, 0, 0], torch.nan)
-        where = torch.linalg.eigvalsh(flat)[:, -1].argmax()
-        values, vectors = torch.linalg.eigh(flat[where])
-        top = vectors[:, -1]
-    seen = (top.conj() @ flat[where] @ top).real
-    return values[-1] + seen - seen.detach()
+def _frequencies(coarsest: Shape, folds: Shape) -> Float[Tensor, "all axes"]:
+    """Cycles per cell of each frequency, in the order of `Waves`; float64."""
+    cells = [torch.arange(m) for m in (*coarsest[:-1], coarsest[-1] // 2 + 1)]
+    start = torch.cartesian_prod(*cells).reshape(-1, 1, len(folds))
+    shift = torch.cartesian_prod(*(torch.arange(a) for a in folds)).reshape(1, -1, len(folds))
+    grid = torch.tensor(coarsest) * torch.tensor(folds)
+    index = (start + shift * torch.tensor(coarsest)).reshape(-1, len(folds))
+    return index.double() / grid.double()
+
+
+def _squares(values: Complex[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return torch.view_as_real(values.resolve_conj()).square().sum(-1)
+
+
+def _unit(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor with the largest entry about 1, and what it was divided by."""
+    power = power_of_two(weight)
+    power = power.where(power.isfinite(), 1)
+    return weight / power, power

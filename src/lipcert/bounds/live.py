@@ -1,0 +1,113 @@
+"""Ellipsoids of the nodes that are still to be read, several of them in one.
+
+In a chain each node has an ellipsoid of its own. Where a node is read later again, as the input of
+a residual block is, its changes and those of the block are carried in one ellipsoid, so that their
+sum knows how they go together: the steps of `extent` act on one node's entries, and those of the
+other nodes pass as linear ones do. Without this (or where one ellipsoid would be too large) each
+node has its own, and what joins them splits:
+
+    (sum a_i) (sum a_i)^T <= sum a_i a_i^T / theta_i    for shares theta that add up to 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lipcert.bounds.extent import Extent, normalised
+from lipcert.graph import Node
+from lipcert.kinds import weakest
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """One ellipsoid of the changes of several nodes, one behind the other.
+
+    Attributes:
+        extent: The ellipsoid.
+        nodes: Whose changes they are.
+    """
+
+    extent: Extent
+    nodes: tuple[Node, ...]
+
+    def of(self, *wanted: Node) -> Extent:
+        """The ellipsoid of some of the nodes, in this order; a node may be named twice."""
+        if wanted == self.nodes:
+            return self.extent
+        matrix = _matrix(self.extent, sum(size(n) for n in self.nodes))
+        begins = dict(zip(self.nodes, _begins(self.nodes), strict=True))
+        places = [torch.arange(size(n)) + begins[n] for n in wanted]
+        index = torch.cat(places).to(matrix.device)
+        chosen = matrix[index][:, index]
+        return Extent(self.extent.scale, chosen, self.extent.kind, self.extent.failure)
+
+
+def size(n: Node) -> int:
+    """How many entries a node has."""
+    return math.prod(n.shape)
+
+
+def summed(before: Extent, entries: int, terms: int) -> Extent:
+    """The sum of the first nodes of an ellipsoid, all of one size; the others behind it stay."""
+    s = _matrix(before, entries * terms)
+
+    def over(rows: Tensor) -> Tensor:
+        first = rows[:, : entries * terms].unflatten(1, (terms, entries)).sum(1)
+        return torch.cat([first, rows[:, entries * terms :]], 1)
+
+    return normalised(before.scale, over(over(s).mT), before.kind, before.failure)
+
+
+def stacked(parts: Sequence[Extent], sizes: Sequence[int]) -> Extent:
+    """One ellipsoid of several, of which is not known how they go together."""
+    scale, matrices, shares = _shared(parts, sizes)
+    blocks = [m / t for m, t in zip(matrices, shares, strict=True)]
+    kind, failure = weakest(p.kind for p in parts), min(1.0, sum(p.failure for p in parts))
+    return normalised(scale, torch.block_diag(*blocks), kind, failure)
+
+
+def together(parts: Sequence[Extent], entries: int) -> Extent:
+    """The sum of several of one size, of which is not known how they go together."""
+    scale, matrices, shares = _shared(parts, [entries] * len(parts))
+    total = torch.stack([m / t for m, t in zip(matrices, shares, strict=True)]).sum(0)
+    kind, failure = weakest(p.kind for p in parts), min(1.0, sum(p.failure for p in parts))
+    return normalised(scale, total, kind, failure)
+
+
+def joined_balls(parts: Sequence[Extent], adding: bool) -> Extent:
+    """The ball around several, behind one another or added."""
+    kind, failure = weakest(p.kind for p in parts), min(1.0, sum(p.failure for p in parts))
+    radii = torch.stack([p.radius().value for p in parts])
+    value = radii.sum() if adding else torch.linalg.vector_norm(radii)
+    return Extent(value, None, kind, failure)
+
+
+def _shared(
+    parts: Sequence[Extent], sizes: Sequence[int]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Matrices of one scale, and shares that minimise the trace of what they are joined to."""
+    largest = torch.stack([p.scale.detach() for p in parts]).max()
+    scale = largest.where(largest > 0, 1)
+    matrices = [
+        _matrix(p, n) * (p.scale / scale).square() for p, n in zip(parts, sizes, strict=True)
+    ]
+    return scale, matrices, shares_of([m.detach().trace() for m in matrices])
+
+
+def shares_of(traces: Sequence[Tensor]) -> list[Tensor]:
+    """Shares that minimise the trace of a split sum."""
+    roots = torch.stack(list(traces)).clamp(min=0).sqrt()
+    roots = roots + 1e-12 * roots.max() + torch.finfo(roots.dtype).tiny
+    return list(roots / roots.sum())
+
+
+def _matrix(part: Extent, entries: int) -> Tensor:
+    return torch.eye(entries).to(part.scale) if part.matrix is None else part.matrix
+
+
+def _begins(nodes: Sequence[Node]) -> list[int]:
+    ends = torch.tensor([0, *(size(n) for n in nodes)]).cumsum(0)
+    return [int(e) for e in ends[:-1]]
