@@ -67,6 +67,16 @@ def test_convolutions_are_what_their_matrices_say(kernel, stride, grid):
     torch.testing.assert_close(through_circular(waves, then).radius().value, top)
 
 
+@pytest.mark.parametrize(("groups", "dilation"), [(2, 1), (1, 2), (2, 2)])
+def test_groups_and_dilations_are_what_their_matrices_say(groups, dilation):
+    torch.manual_seed(0)
+    padding, steps = ((dilation, dilation),) * 2, (dilation,) * 2
+    weight = torch.randn(6, 4 // groups, 3, 3)
+    conv = convolution(weight, (4, 8, 6), (1, 1), padding, steps, groups, circular=True)
+    waves = through_circular(ball(4, (8, 6), (1, 1)), conv)
+    torch.testing.assert_close(matrix_of(waves, 6), conv.dense() @ conv.dense().mT)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_an_activation_is_above_every_pattern(known):
     """P - D S D has no negative eigenvalue for slopes D that differ from place to place."""
@@ -93,15 +103,15 @@ def test_sums_hold_every_sum():
     assert torch.linalg.eigvalsh(total - whole @ whole.mT)[0] >= -1e-10 * total.abs().max()
 
 
-def conv_net(kernel, stride, padding, size, seed, activation=nn.ReLU):
+def conv_net(kernel, stride, padding, size, seed, activation=nn.ReLU, groups=1, dilation=1):
     torch.manual_seed(seed)
-    first = nn.Conv2d(2, 3, kernel, stride, padding)
+    first = nn.Conv2d(2, 4, kernel, stride, padding, dilation, groups)
     shape = first(torch.zeros(1, 2, size, size)).shape[1:]
-    then = nn.Conv2d(3, 3, 3, 1, 1)
-    cells = shape[1] * shape[2]
+    then = nn.Conv2d(4, 4, 3, 1, dilation, dilation, groups)
+    cells = then(torch.zeros(1, *shape)).shape[2:].numel()
     return nn.Sequential(
         *(first, activation(), then, activation(), nn.Flatten()),
-        *(nn.Linear(3 * cells, 6), activation(), nn.Linear(6, 3)),
+        *(nn.Linear(4 * cells, 6), activation(), nn.Linear(6, 3)),
     )
 
 
@@ -134,6 +144,22 @@ def test_zero_padded_networks_are_never_above(kernel, stride, padding, size):
         at_x, at_y = graph.values(x), graph.values(y)
         for n, value in reached.items():
             assert ((at_x[n] - at_y[n]).flatten(1).norm(dim=1) / far <= UP * value).all(), n.name
+
+
+@pytest.mark.parametrize(("groups", "dilation"), [(2, 1), (1, 2), (2, 2)])
+def test_groups_and_dilations_in_zero_padded_networks(groups, dilation):
+    net = conv_net(3, 1, dilation, 7, 0, nn.ReLU, groups, dilation)
+    graph = lc.trace(net, (2, 7, 7))
+    with torch.no_grad():
+        bound = by_waves(graph)
+        assert len(bound._ways[0].cover.of) == 5  # the input, two convolutions, their activations
+        K, dense = bound().dense()[0], lc.Ellipsoid(graph)
+        dense._ways = [way for way in dense._ways if way.cover is None]
+        slow = dense().dense()[0]
+    J = jacobians(net, 3 * torch.randn(100, 2, 7, 7))
+    off = ~torch.eye(3, dtype=torch.bool)
+    assert (differences(J)[..., off] <= UP * K[off]).all()
+    assert (K[off] < 3 * slow[off]).all()
 
 
 def test_the_best_of_both_is_taken():

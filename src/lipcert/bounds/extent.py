@@ -60,9 +60,7 @@ class Extent:
         """F with S <= scale^2 F F^T, None for the identity."""
         if self.matrix is None:
             return None
-        values, vectors = torch.linalg.eigh(self.matrix)
-        slack = len(values) * torch.finfo(values.dtype).eps * values[-1].detach()
-        return vectors * (values.clamp(min=0) + slack.clamp(min=1e-30)).sqrt()
+        return root(self.matrix).mT
 
 
 @dataclass(frozen=True)
@@ -242,13 +240,23 @@ def roots_stepped(
         left, gains = _raised_factor(s, gains)
         right = torch.diag((gains * c).to(s)).expand_as(s)
         return torch.linalg.solve_triangular(left, right, upper=False)
-    matrices = stepped(s, c, r, gains)
-    noise = torch.finfo(c.dtype).eps * matrices.detach().diagonal(dim1=-2, dim2=-1).real.amax()
+    return root(stepped(s, c, r, gains))
+
+
+def root(matrices: Float[Tensor, "*f n n"] | Complex[Tensor, "*f n n"]) -> Tensor:
+    """R with R^H R >= M, above by no more than rounding asks for; of no use where M is not finite.
+
+    A Cholesky factor has a gradient also where eigenvalues are equal.
+    """
+    size = matrices.shape[-1]
+    largest = matrices.detach().diagonal(dim1=-2, dim2=-1).real.amax().clamp(min=0)
+    tiny = torch.finfo(largest.dtype).tiny ** 0.5  # so that zero has a root
+    noise, eye = size * torch.finfo(largest.dtype).eps * largest + tiny, torch.eye(size)
     while True:
-        noise = 16 * len(c) * noise
-        left, info = torch.linalg.cholesky_ex(matrices + noise * torch.eye(len(c)).to(matrices))
+        left, info = torch.linalg.cholesky_ex(matrices + noise * eye.to(matrices))
         if not bool(info.any()) or not bool(noise.isfinite()):
             return left.mH
+        noise = 16 * noise
 
 
 def _raised_factor(

@@ -79,22 +79,14 @@ class Waves:
 
     def transformed(self, images: Float[Tensor, "k c *cells"]) -> Complex[Tensor, "f folds k c"]:
         """The Fourier coefficients of images that are zero on the rest of the grid."""
-        axes, found = len(self.folds), images.to(self.roots.dtype)
-        split: list[int] = []
-        for axis, (m, fold) in enumerate(zip(self.coarsest, self.folds, strict=True)):
-            kept = m if axis < axes - 1 else m // 2 + 1
-            index = (torch.arange(fold)[:, None] * m + torch.arange(kept)).flatten()
-            angles = torch.outer(torch.arange(images.shape[2 + axis]), index) * (2 * math.pi)
-            # Few cells and frequencies an axis: as matrices they take a third of torch.fft's time.
-            turns = torch.polar(torch.ones(()).double(), -angles.double() / (m * fold))
-            turns = (turns / math.sqrt(m * fold)).to(found)
-            found = found.movedim(2 + axis, -1)
-            turned = found.reshape(-1, found.shape[-1]) @ turns
-            found = turned.reshape(*found.shape[:-1], -1).movedim(-1, 2 + axis)
-            split += [fold, kept]
-        found = found.reshape(*found.shape[:2], *split)
-        order = [*range(3, 3 + 2 * axes, 2), *range(2, 2 + 2 * axes, 2), 0, 1]
-        return found.permute(order).flatten(0, axes - 1).flatten(1, axes)
+        count, channels, *cells = images.shape
+        where = torch.cartesian_prod(*(torch.arange(n) for n in cells)).reshape(-1, len(cells))
+        angles = where.double() @ _frequencies(self.coarsest, self.folds).mT * (2 * math.pi)
+        # As one matrix: the cells of a network are few, and torch.fft takes more time for each.
+        turns = torch.stack([angles.cos(), -angles.sin()], -1).flatten(1).to(self.scale)
+        turns = turns / math.sqrt(math.prod(self.coarsest) * math.prod(self.folds))
+        found = torch.view_as_complex((images.flatten(2) @ turns).unflatten(-1, (-1, 2)))
+        return found.movedim(-1, 0).reshape(-1, math.prod(self.folds), count, channels)
 
     def weights(self) -> Float[Tensor, "f 1 1 1"]:
         """How many frequencies of the whole grid each one stands for: itself and its negative."""
