@@ -12,6 +12,8 @@ from torch import Tensor
 from lipcert.graph import Affine, Box, Concat, Expansion, Graph, Lipschitz, Node, Slope, Sum
 from lipcert.linear_map import LinearMap
 
+_ROWS = 32
+
 
 class Reading:
     """Rows of the logits' differences from their mean, followed back through a network.
@@ -43,7 +45,7 @@ class Reading:
         if len(output.shape) != 1 or output.shape[0] > largest:
             return
         rows = torch.eye(output.shape[0]).to(one)
-        self._whole[output] = rows - rows.mean(0)
+        self._whole[output] = _sketched(rows - rows.mean(0))
         for n in reversed(graph.nodes):
             if n != output:
                 self._collect(n)
@@ -91,3 +93,12 @@ class Reading:
                 return
         for i, part in zip(n.inputs, passed, strict=True):
             self._edges[i, n] = self._edges[i, n] + part if (i, n) in self._edges else part
+
+
+def _sketched(rows: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
+    """Fewer rows of about the same inner products, as only these are asked for."""
+    if len(rows) <= _ROWS:
+        return rows
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (_ROWS, len(rows)), generator=generator).to(rows) * 2 - 1
+    return signs @ rows / math.sqrt(_ROWS)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from lipcert.errors import LipcertError
 from lipcert.recipe import Recipe
-from lipcert.recipes import baselines, bcp, cll, crm, local_lip, one_lipschitz
+from lipcert.recipes import baselines, bcp, cll, crm, ellipsoid, local_lip, one_lipschitz
 from lipcert.recipes.digits import gloro_digits, lmt_digits
 from lipcert.recipes.mnist import gloro_mnist, lmt_mnist
 from lipcert.recipes.svhn import lmt_svhn, lmt_svhn_average, lmt_svhn_batch
@@ -30,6 +30,9 @@ _RECIPES: dict[str, Callable[[], Recipe]] = {
         *(cll.cll_tiny, cll.cll_tiny_slack),
         *(one_lipschitz.cll_cpl, one_lipschitz.cll_sll, one_lipschitz.cll_soc),
         *(one_lipschitz.cpl, one_lipschitz.sll, one_lipschitz.soc),
+        *(ellipsoid.ellipsoid_digits, ellipsoid.ellipsoid_mnist_mlp),
+        *(ellipsoid.ellipsoid_mnist_lmt, ellipsoid.ellipsoid_mnist),
+        *(ellipsoid.ellipsoid_cifar10, ellipsoid.ellipsoid_tiny),
     )
 }
 
