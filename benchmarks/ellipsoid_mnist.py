@@ -1,0 +1,194 @@
+"""Training with each bound on MNIST: same network, loss, seed and processor time.
+
+Every training gets as many epochs as fit into the same processor time on one core, measured before
+it starts. All nets are certified with the tightest of all bounds, so the figures compare trainings
+and not certificates. Resumes where it was stopped; several processes may share the folder, each
+with its own --net or --seed.
+
+    python benchmarks/ellipsoid_mnist.py train --data DIR --out DIR --net lmt --seed 0
+    python benchmarks/ellipsoid_mnist.py table --data DIR --out DIR
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from common import RESULTS, save
+
+import lipcert as lc
+from lipcert import models, recipes
+from lipcert.data import Dataset, Split
+from lipcert.recipe import Recipe
+from lipcert.run import Run, load_model
+from lipcert.train import train
+
+NETS = {
+    "mlp": ("MLP 4x100", partial(models.mlp, widths=(100,) * 4, activation=torch.nn.ReLU)),
+    "lmt": ("LMT's small net", models.lmt_mnist),
+    "c4f3": ("4C3F", models.c4f3_bcp),
+}
+BOUNDS = {
+    "product": lambda graph: lc.Product(graph, norm=lc.PowerIteration(2)),
+    "LipLT": lambda graph: lc.LipLT(graph, norm=lc.LOBPCG(1)),
+    "Eclipse": lambda graph: lc.Eclipse(graph, every=2),
+    "Ellipsoid": lambda graph: lc.Ellipsoid(graph, every=2),
+}
+RADII = (0.1, 0.3, 0.5, 1.0, 1.58)
+
+
+def orthogonal(make, in_shape, classes) -> torch.nn.Module:
+    """A network of orthogonal weights."""
+    net = make(in_shape, classes)
+    models.initialise_orthogonally(net)
+    return net
+
+
+def recipe_of(net: str, bound: str, seed: int, epochs: int) -> Recipe:
+    """The ellipsoid recipe for MNIST with another network, bound and length."""
+    return dataclasses.replace(
+        recipes.get("ellipsoid-mnist-lmt"),
+        model=partial(orthogonal, NETS[net][1]),
+        bound=BOUNDS[bound],
+        epochs=epochs,
+        seed=seed,
+    )
+
+
+def epochs_within(net: str, bound: str, data: Dataset, minutes: float) -> int:
+    """How many epochs take this much processor time, from one over 5,120 images."""
+    part = data.subset(torch.arange(5120))
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.process_time()
+        train(Run(Path(folder), recipe_of(net, bound, 0, 1)), part)
+    seconds = (time.process_time() - begin) * len(data) / len(part)
+    return max(2, round(60 * minutes / seconds))
+
+
+def train_all(options: argparse.Namespace) -> None:
+    data = lc.data.load(options.data, Split.TRAIN)
+    for bound in options.bounds or BOUNDS:
+        folder = options.out / f"{options.net}-{bound}-{options.seed}"
+        plan = folder / "plan.json"
+        if not plan.exists():
+            epochs = epochs_within(options.net, bound, data, options.minutes)
+            folder.mkdir(parents=True, exist_ok=True)
+            plan.write_text(json.dumps({"epochs": epochs}))
+        run = Run(
+            folder, recipe_of(options.net, bound, options.seed, **json.loads(plan.read_text()))
+        )
+        clock = time.process_time()
+
+        def note(epoch, folder=folder):
+            nonlocal clock
+            spent = time.process_time() - clock
+            clock += spent
+            with (folder / "cpu.txt").open("a") as file:
+                file.write(f"{epoch.epoch} {spent:.1f}\n")
+            if epoch.epoch % 10 == 0:
+                print(folder.name, epoch, flush=True)
+
+        train(run, data, on_epoch=note)
+        print(folder.name, "done", flush=True)
+
+
+def tabulate(options: argparse.Namespace) -> None:
+    test = lc.data.load(options.data, Split.EVALUATION)
+    shape = tuple(test.images.shape[1:])
+    rows, curves = [], {}
+    grid = torch.linspace(0, 3, 301, dtype=torch.float64)
+    for folder in sorted(options.out.glob("*-*-*")):
+        key, bound, seed = folder.name.split("-")
+        run = Run(folder, recipe_of(key, bound, int(seed), 1))
+        if not run.path("config.json").exists():
+            continue
+        net, _ = load_model(run)
+        graph = lc.trace(net, shape)
+        bounds = {b.__name__: b(graph) for b in (lc.Product, lc.LipLT, lc.Eclipse, lc.Ellipsoid)}
+        cert = lc.certify(net, test.pixels(), bound=lc.tightest(*bounds.values()))
+        spent = dict(line.split() for line in (folder / "cpu.txt").read_text().splitlines())
+        rows.append(
+            {
+                "net": NETS[key][0],
+                "trained with": bound,
+                "seed": int(seed),
+                "epochs": len(spent),
+                "CPU seconds of training": round(sum(map(float, spent.values()))),
+                "clean": lc.clean_accuracy(cert, test.labels),
+                **{f"CRA {eps}": lc.certified_accuracy(cert, test.labels, eps) for eps in RADII},
+                "ACR": round(lc.average_certified_radius(cert, test.labels), 4),
+                **{f"largest pair, {name}": largest_pair(b) for name, b in bounds.items()},
+            }
+        )
+        print(rows[-1], flush=True)
+        curve = lc.certificate.curve(cert, test.labels, grid)
+        curves.setdefault((NETS[key][0], bound), []).append(curve)
+    save("ellipsoid_mnist", {"loss": "gloro", "summary": summary(rows), "runs": rows})
+    plot(grid, curves)
+
+
+def largest_pair(bound: lc.Bound) -> float:
+    """The largest constant of a difference of two logits."""
+    with torch.no_grad():
+        return float(bound().dense().triu(1).max())
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Mean and largest distance from it over the seeds."""
+    found = []
+    for net, bound in dict.fromkeys((row["net"], row["trained with"]) for row in rows):
+        same = [row for row in rows if (row["net"], row["trained with"]) == (net, bound)]
+        line = {"net": net, "trained with": bound, "seeds": len(same)}
+        for name in ("clean", *(f"CRA {eps}" for eps in RADII), "ACR"):
+            values = [row[name] for row in same]
+            mean = statistics.mean(values)
+            line[name] = [round(mean, 4), round(max(abs(v - mean) for v in values), 4)]
+        found.append(line)
+    return found
+
+
+def plot(grid: torch.Tensor, curves: dict[tuple[str, str], list[torch.Tensor]]) -> None:
+    nets = list(dict.fromkeys(net for net, _ in curves))
+    figure, axes = plt.subplots(
+        1,
+        len(nets),
+        figsize=(3.6 * len(nets) + 1, 3.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    colours = dict(zip(BOUNDS, ("tab:orange", "tab:blue", "tab:green", "tab:red"), strict=True))
+    for axis, net in zip(axes[0], nets, strict=True):
+        for bound, colour in colours.items():
+            for place, curve in enumerate(curves.get((net, bound), [])):
+                label = bound if place == 0 else None
+                axis.plot(grid, 100 * curve, color=colour, label=label, alpha=0.8)
+        axis.set(title=net, xlabel="L2 radius, pixels in [0, 1]", xlim=(0, 3), ylim=(0, 100))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("certified accuracy, %")
+    axes[0, 0].legend(frameon=False, title="trained with")
+    figure.savefig(RESULTS / "ellipsoid_mnist.png", dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=("train", "table"))
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--net", choices=NETS)
+    parser.add_argument("--bounds", nargs="*", choices=BOUNDS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=15)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    train_all(options) if options.command == "train" else tabulate(options)
+
+
+if __name__ == "__main__":
+    main()
