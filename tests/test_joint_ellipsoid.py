@@ -169,3 +169,44 @@ def test_what_is_too_large_is_split(monkeypatch):
     off = ~torch.eye(3, dtype=torch.bool)
     assert (split[off] >= whole[off] / UP).all()
     assert (split[off] * UP >= over_all_patterns("nested", 0)[off]).all()
+
+
+class ConvBlock(nn.Module):
+    """relu(x + W relu(V x)) with zero-padded convolutions, by half the size if strided."""
+
+    def __init__(self, channels, stride=1):
+        super().__init__()
+        self.enter = nn.Conv2d(channels, channels, 3, stride, 1)
+        self.leave = nn.Conv2d(channels, channels, 3, 1, 1)
+        self.skip = nn.Conv2d(channels, channels, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x):
+        return torch.relu(self.skip(x) + self.leave(torch.relu(self.enter(x))))
+
+
+@pytest.mark.parametrize("strides", [(1,), (1, 1), (2,), (1, 2)])
+def test_residual_blocks_by_frequency(strides):
+    torch.manual_seed(0)
+    blocks = [ConvBlock(3, stride) for stride in strides]
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, 1, 1), nn.ReLU(), *blocks)
+    cells = net(torch.zeros(1, 2, 6, 6))[0].numel()
+    net = nn.Sequential(net, nn.Flatten(), nn.Linear(cells, 3))
+    graph = lc.trace(net, (2, 6, 6))
+    J = jacobians(net, 2 * torch.randn(100, 2, 6, 6))
+    x = torch.randn(100, 2, 6, 6)
+    y = x + 0.2 * torch.randn_like(x)
+    at_x, at_y = graph.values(x), graph.values(y)
+    found = {}
+    with torch.no_grad():
+        bound = lc.Ellipsoid(graph)
+        for way in [way for way in bound._ways if way.cover is not None]:
+            bound._ways = [way]
+            assert {n for n in graph if isinstance(n.op, lc.graph.Sum)} <= way.cover.of.keys()
+            K = bound().dense()[0]
+            found[way.joint] = float(K.max())
+            assert (differences(J) <= UP * K + 1e-12).all()
+            for n in graph:
+                far = (at_x[n] - at_y[n]).flatten(1).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
+                assert (far <= UP * bound.prefix(n).value).all(), n.name
+    if 1 in strides:
+        assert found[True] < 0.95 * found[False]

@@ -32,6 +32,9 @@ from lipcert.spectral import Auto, Iterative, Strategy
 LARGEST = 2048
 """Nodes of more values than this are held by balls."""
 
+Seen = list[tuple[Extent, Float[Tensor, "classes n"]]]
+"""What the logits see of a sweep: ellipsoids, and the logits' rows on each."""
+
 
 class Ellipsoid(Bound):
     """The ellipsoid bound, global, of kind upper.
@@ -148,41 +151,45 @@ class Ellipsoid(Bound):
         with evaluating(self.graph):
             facts, terms = self._facts(), tail(self.graph.output)
             sources = list(dict.fromkeys(source for _, source in terms))
-            return [self._seen(Sweep(facts, sources, way), terms) for way in self._ways]
-
-    def _seen(self, sweep: Sweep, terms: list[tuple[LinearMap | None, Node]]) -> list[End]:
-        """What the logits see of one sweep."""
-        one, ends = sweep.facts.one, []
-        rows: dict[Live, dict[Node, Tensor]] = {}
-        for map, source in terms:
-            live = sweep.live(source)
-            if live is None:
-                found = sweep.of(source)
-                assert isinstance(found, Waves)
-                exact = identity(source.shape) if map is None else simplify(map.to(one.dtype))
-                ends.append(_end(found.onto(exact), torch.eye(exact.out_size).to(one)))
-            else:
-                part = rows.setdefault(live, {})
-                new = rows_of(map, source).to(one)
-                part[source] = part[source] + new if source in part else new
-        for live, parts in rows.items():
-            ends.append(_end(live.of(*parts), torch.cat(list(parts.values()), 1)))
-        return ends
+            return [ends_of(seen(Sweep(facts, sources, way), terms)) for way in self._ways]
 
 
-def _end(extent: Extent, rows: Tensor) -> End:
-    factor = extent.factor()
-    reached = Constant(extent.scale, extent.kind, extent.failure)
-    return End(reached, rows if factor is None else rows @ factor)
+def seen(sweep: Sweep, terms: list[tuple[LinearMap | None, Node]]) -> Seen:
+    """What the logits see of one sweep: ellipsoids, and the logits' rows on each."""
+    one, parts = sweep.facts.one, []
+    rows: dict[Live, dict[Node, Tensor]] = {}
+    for map, source in terms:
+        live, found = sweep.live(source), sweep.of(source)
+        if isinstance(found, Waves):
+            exact = identity(source.shape) if map is None else simplify(map.to(one.dtype))
+            parts.append((found.onto(exact), torch.eye(exact.out_size).to(one)))
+        else:
+            part = rows.setdefault(live, {})
+            new = rows_of(map, source).to(one)
+            part[source] = part[source] + new if source in part else new
+    for live, by in rows.items():
+        extent = live.of(*by)
+        assert isinstance(extent, Extent)
+        parts.append((extent, torch.cat(list(by.values()), 1)))
+    return parts
+
+
+def ends_of(parts: Seen) -> list[End]:
+    """The last step of a bound for what the logits see of a sweep."""
+    ends = []
+    for extent, rows in parts:
+        factor = extent.factor()
+        reached = Constant(extent.scale, extent.kind, extent.failure)
+        ends.append(End(reached, rows if factor is None else rows @ factor))
+    return ends
 
 
 def _ways(graph: Graph) -> list[Way]:
     """The sweeps that differ on a network; the last one uses all that there is."""
     cover = circular_cover(graph)
     within = set() if cover is None else set(cover.of)
-    outside = [n for n in graph if n not in within]
     known = any(isinstance(n.op, Lipschitz) and n.op.expansion is not None for n in graph)
-    joining = any(isinstance(n.op, Sum | Concat) for n in outside)
+    joining = any(isinstance(n.op, Sum | Concat) for n in graph)
     # As matrices too, unless that would only find balls where frequencies find more.
     small = all(math.prod(n.shape) <= LARGEST for n in within)
     return [

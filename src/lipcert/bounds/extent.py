@@ -17,12 +17,13 @@ that the logits read.
 Reference: this library; of the family of ECLipsE and of LipSDP (arXiv 1906.04893).
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from lipcert.graph import Expansion, Lipschitz
@@ -48,6 +49,15 @@ class Extent:
     matrix: Float[Tensor, "n n"] | None = None
     kind: Kind = Kind.UPPER
     failure: float = 0.0
+
+    def chosen(self, index: Int[Tensor, " k"]) -> "Extent":
+        """That of some of the entries; an entry may be named twice."""
+        if self.matrix is None:
+            matrix = (index[:, None] == index).to(self.scale)
+        else:
+            index = index.to(self.matrix.device)
+            matrix = self.matrix[index][:, index]
+        return dataclasses.replace(self, matrix=matrix)
 
     def radius(self) -> Constant:
         """A Lipschitz constant of the node: the longest half axis."""
@@ -323,3 +333,10 @@ def through_expansion(
     into = through_map(before, e.before.to(like.dtype), passive=passive)
     bent = through_slopes(into, low, high, read, gains)
     return through_map(bent, e.after.to(like.dtype), passive=passive)
+
+
+def shares_of(traces: Sequence[Tensor]) -> list[Tensor]:
+    """Shares that minimise the trace of a split sum."""
+    roots = torch.stack(list(traces)).clamp(min=0).sqrt()
+    roots = roots + 1e-12 * roots.max() + torch.finfo(roots.dtype).tiny
+    return list(roots / roots.sum())

@@ -9,6 +9,7 @@ node has its own, and what joins them splits:
     (sum a_i) (sum a_i)^T <= sum a_i a_i^T / theta_i    for shares theta that add up to 1.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lipcert.bounds.extent import Extent, normalised
+from lipcert.bounds.extent import Extent, normalised, shares_of
+from lipcert.bounds.waves import Waves
 from lipcert.graph import Node
 from lipcert.kinds import weakest
 
@@ -26,23 +28,26 @@ class Live:
     """One ellipsoid of the changes of several nodes, one behind the other.
 
     Attributes:
-        extent: The ellipsoid.
+        held: The ellipsoid.
         nodes: Whose changes they are.
+        sizes: How many entries each has, or how many channels where it goes by frequency.
     """
 
-    extent: Extent
+    held: Extent | Waves
     nodes: tuple[Node, ...]
+    sizes: tuple[int, ...]
 
-    def of(self, *wanted: Node) -> Extent:
+    def of(self, *wanted: Node) -> Extent | Waves:
         """The ellipsoid of some of the nodes, in this order; a node may be named twice."""
         if wanted == self.nodes:
-            return self.extent
-        matrix = _matrix(self.extent, sum(size(n) for n in self.nodes))
-        begins = dict(zip(self.nodes, _begins(self.nodes), strict=True))
-        places = [torch.arange(size(n)) + begins[n] for n in wanted]
-        index = torch.cat(places).to(matrix.device)
-        chosen = matrix[index][:, index]
-        return Extent(self.extent.scale, chosen, self.extent.kind, self.extent.failure)
+            return self.held
+        begins = dict(zip(self.nodes, itertools.accumulate((0, *self.sizes)), strict=False))
+        counts = dict(zip(self.nodes, self.sizes, strict=True))
+        return self.held.chosen(torch.cat([torch.arange(counts[n]) + begins[n] for n in wanted]))
+
+    def size(self, n: Node) -> int:
+        """How many entries or channels one of the nodes has."""
+        return self.sizes[self.nodes.index(n)]
 
 
 def size(n: Node) -> int:
@@ -97,17 +102,5 @@ def _shared(
     return scale, matrices, shares_of([m.detach().trace() for m in matrices])
 
 
-def shares_of(traces: Sequence[Tensor]) -> list[Tensor]:
-    """Shares that minimise the trace of a split sum."""
-    roots = torch.stack(list(traces)).clamp(min=0).sqrt()
-    roots = roots + 1e-12 * roots.max() + torch.finfo(roots.dtype).tiny
-    return list(roots / roots.sum())
-
-
 def _matrix(part: Extent, entries: int) -> Tensor:
     return torch.eye(entries).to(part.scale) if part.matrix is None else part.matrix
-
-
-def _begins(nodes: Sequence[Node]) -> list[int]:
-    ends = torch.tensor([0, *(size(n) for n in nodes)]).cumsum(0)
-    return [int(e) for e in ends[:-1]]

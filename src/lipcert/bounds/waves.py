@@ -15,10 +15,11 @@ Notation as in `extent`; S(f) acts on z's Fourier coefficients, those of the uni
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from lipcert.bounds.extent import (
@@ -29,8 +30,8 @@ from lipcert.bounds.extent import (
     normalised,
     power_of_two,
     roots_stepped,
+    shares_of,
 )
-from lipcert.bounds.live import shares_of
 from lipcert.bounds.tail import matrix_of
 from lipcert.convolution import Conv
 from lipcert.kinds import Constant, Kind
@@ -39,7 +40,7 @@ from lipcert.linear_map import LinearMap, Shape
 
 @dataclass(frozen=True)
 class Waves:
-    """S(f) = scale^2 R(f)^H R(f) at half of the frequencies f of a grid.
+    """S(f) = scale^2 R(f)^H R(f) at half of the frequencies f of a grid, of one node or of several.
 
     Attributes:
         scale: A number, of the precision of the roots.
@@ -50,11 +51,16 @@ class Waves:
         kind: What S claims.
     """
 
+    # The columns are the channels of a node, and those of others on the same grid behind them.
     scale: Tensor
     roots: Complex[Tensor, "f folds m c"]
     coarsest: Shape
     folds: Shape
     kind: Kind = Kind.UPPER
+
+    def chosen(self, index: Int[Tensor, " k"]) -> "Waves":
+        """That of some of the channels."""
+        return dataclasses.replace(self, roots=self.roots[..., index.to(self.roots.device)])
 
     def matrices(self) -> Complex[Tensor, "f folds c c"]:
         """S(f) / scale^2."""
@@ -116,17 +122,25 @@ def everything(channels: int, grid: Shape, coarsest: Shape, like: Tensor, kind: 
 
 
 def through_circular(before: Waves, conv: Conv) -> Waves:
-    """A circular convolution with a stride that divides the grid."""
+    """A circular convolution with a stride that divides the grid.
+
+    Channels behind those that it reads are other nodes' and stay as they are; only without stride.
+    """
     weight, power = _unit(conv.weight.to(before.scale))
-    carried = before.roots @ _symbols(before, conv, weight).mH
-    folds = tuple(a // s for a, s in zip(before.folds, conv.stride, strict=True))
-    # Along each axis, frequency k + m of the finer grid of m s cells folds onto k of m.
-    split = [n for pair in zip(conv.stride, folds, strict=True) for n in pair]
-    axes, order = len(folds), len(carried)
-    carried = carried.reshape(order, *split, *carried.shape[-2:])
-    places = [0, *range(2, 2 + 2 * axes, 2), *range(1, 1 + 2 * axes, 2), -2, -1]
-    carried = carried.permute(places).reshape(order, math.prod(folds), -1, conv.out_shape[0])
-    scale = before.scale * power / math.sqrt(math.prod(conv.stride))
+    into = conv.in_shape[0]
+    carried = before.roots[..., :into] @ _symbols(before, conv, weight).mH
+    scale, folds = before.scale * power, before.folds
+    if math.prod(conv.stride) > 1:
+        folds = tuple(a // s for a, s in zip(folds, conv.stride, strict=True))
+        # Along each axis, frequency k + m of the finer grid of m s cells folds onto k of m.
+        split = [n for pair in zip(conv.stride, folds, strict=True) for n in pair]
+        axes, order = len(folds), len(carried)
+        carried = carried.reshape(order, *split, *carried.shape[-2:])
+        places = [0, *range(2, 2 + 2 * axes, 2), *range(1, 1 + 2 * axes, 2), -2, -1]
+        carried = carried.permute(places).reshape(order, math.prod(folds), -1, conv.out_shape[0])
+        scale = scale / math.sqrt(math.prod(conv.stride))
+    else:
+        carried = torch.cat([carried, before.roots[..., into:] / power], -1)
     return dataclasses.replace(before, scale=scale, roots=carried, folds=folds)
 
 
@@ -134,17 +148,16 @@ def through_cut(
     before: Waves,
     low: Float[Tensor, " c"],
     high: Float[Tensor, " c"],
-    read: Float[Tensor, "k c *cells"] | None,
+    read: Complex[Tensor, "f folds k c"] | None,
     gains: Gains,
 ) -> Waves:
-    """An activation with one range of slopes a channel.
+    """An activation with one range of slopes a channel; channels that pass have the slopes 1 and 1.
 
     Args:
         before: Of its input.
         low: Least slopes.
         high: Greatest slopes.
-        read: Rows that later layers read of its output, on the cells of the network; None if not
-            known.
+        read: Rows that later layers read of its output, `transformed`; None if not known.
         gains: Chooses the multipliers.
     """
     s, c, r = before.matrices(), (low + high) / 2, (high - low) / 2
@@ -159,7 +172,7 @@ def through_cut(
             added = r[moving].square() * math.prod(before.coarsest) * math.prod(before.folds)
             stretched = c[:, None] * spread
         else:
-            rows = before.transformed(read / read.detach().abs().max())
+            rows = read / torch.view_as_real(read.detach()).abs().max()
             weighted = _squares(rows) * before.weights()
             added = r[moving].square() * weighted.sum((0, 1, 2))[moving]
             stretched = (rows.conj() * c) @ spread
@@ -169,14 +182,26 @@ def through_cut(
     return dataclasses.replace(before, scale=scale, roots=roots)
 
 
-def added_up(parts: list[Waves]) -> Waves:
-    """The sum of the changes of several nodes, split as in `live.together`."""
+def summed_waves(before: Waves, channels: int, terms: int) -> Waves:
+    """The sum of the first nodes of an ellipsoid, all of some channels; others behind them stay."""
+    roots = before.roots
+    first = roots[..., : channels * terms].unflatten(-1, (terms, channels)).sum(-2)
+    return dataclasses.replace(before, roots=torch.cat([first, roots[..., channels * terms :]], -1))
+
+
+def stacked_waves(parts: Sequence[Waves]) -> Waves:
+    """One ellipsoid of several on one grid, of which is not known how they go together."""
     largest = torch.stack([p.scale.detach() for p in parts]).max()
     scale = largest.where(largest > 0, 1)
-    roots = [p.roots * (p.scale / scale) for p in parts]
-    shares = shares_of([_squares(root.detach()).sum() for root in roots])
-    stacked = torch.cat([root / share.sqrt() for root, share in zip(roots, shares, strict=True)], 2)
-    return dataclasses.replace(parts[0], scale=scale, roots=stacked)
+    shares = shares_of([_squares(p.roots.detach()).sum() for p in parts])
+    width = sum(p.roots.shape[-1] for p in parts)
+    blocks, begin = [], 0
+    for p, share in zip(parts, shares, strict=True):
+        root = p.roots * (p.scale / scale / share.sqrt())
+        end = begin + root.shape[-1]
+        blocks.append(torch.nn.functional.pad(root, (begin, width - end)))
+        begin = end
+    return dataclasses.replace(parts[0], scale=scale, roots=torch.cat(blocks, -2))
 
 
 def _symbols(before: Waves, conv: Conv, weight: Tensor) -> Complex[Tensor, "f folds out in"]:
