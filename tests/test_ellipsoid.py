@@ -235,3 +235,46 @@ def test_strategies_that_do_not_fit_are_refused():
     for norm in (lc.PowerIteration(1), lc.RowSum()):
         with pytest.raises(lc.LipcertError, match="true L2 norms"):
             lc.Ellipsoid(graph, norm=norm)
+
+
+def test_multipliers_below_the_ellipsoid_are_raised():
+    """Whatever chooses them: a bound may be loose then, but not wrong."""
+    from lipcert.bounds.extent import Extent, through_slopes
+
+    torch.manual_seed(0)
+    a = torch.randn(5, 7)
+    low, high, one = torch.zeros(5), torch.ones(5), torch.ones(())
+    for gains in (torch.zeros(5), torch.full((5,), 1e-4), torch.tensor([1e3, 1e-6, 0, 1, 1])):
+        for least in (low, low - 0.1):
+            after = through_slopes(Extent(one, a @ a.mT), least, high, None, lambda m, g=gains: g)
+            p = after.scale**2 * after.matrix
+            for _ in range(50):
+                slopes = least + (high - least) * torch.rand(5).round()
+                seen = slopes[:, None] * (a @ a.mT) * slopes
+                assert torch.linalg.eigvalsh(p - seen)[0] >= -1e-9 * p.abs().max()
+
+
+def test_dead_neurons_beside_others():
+    """Slopes of 0 and 0 have neither a middle nor a range."""
+    from lipcert.bounds.extent import Extent, balanced, through_slopes
+
+    torch.manual_seed(0)
+    a = torch.randn(3, 4)
+    high = torch.tensor([1.0, 1.0, 0.0])
+    after = through_slopes(Extent(torch.ones(()), a @ a.mT), torch.zeros(3), high, None, balanced)
+    alive = through_slopes(
+        Extent(torch.ones(()), (a @ a.mT)[:2, :2]), torch.zeros(2), high[:2], None, balanced
+    )
+    assert (after.matrix[2] == 0).all()
+    torch.testing.assert_close(after.scale**2 * after.matrix[:2, :2], alive.scale**2 * alive.matrix)
+
+
+def test_neurons_that_a_linear_network_would_not_read():
+    """Their multipliers stay within reach: not above the product here, though it is deeper."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    weights = ([[2.0, 1], [1, 2]], [[1.0, 1], [1, -1]], [[1.0, 1], [-1, -1]])
+    for layer, rows in zip(net[::2], weights, strict=True):
+        layer.weight.data = torch.tensor(rows)
+    graph = lc.trace(net, (2,))
+    found, other = (b(graph)().dense().max() for b in (lc.Ellipsoid, lc.Product))
+    assert found < other

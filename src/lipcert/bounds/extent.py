@@ -31,7 +31,9 @@ from lipcert.kinds import Constant, Kind, weakest
 from lipcert.linear_kinds import Index
 from lipcert.linear_map import LinearMap
 
-_FLOOR = 1e-12  # of the largest: keeps multipliers finite where nothing is read or nothing moves
+_FLOOR = 0.03
+"""Weights below this share of the largest count as much: what the logits hardly read of a network
+that is taken linear, they may read of the network itself."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,12 @@ Gains = Callable[[Moving], Tensor]
 
 def balanced(moving: Moving) -> Float[Tensor, " m"]:
     """g_i = top + sqrt(b_i / a_i), which minimises a bound of tr(V P V^T)."""
-    most, least = moving.stretched.detach().max(), moving.added.detach().max()
-    top = moving.top()
-    if most == 0 or least == 0:
-        return top.expand(len(moving.added))
-    b = moving.stretched.clamp(min=float(_FLOOR * most))
-    return top + (b / moving.added.clamp(min=float(_FLOOR * least))).sqrt()
+    top, b, a = moving.top(), _floored(moving.stretched), _floored(moving.added)
+    return top + (b / a).sqrt() if bool(((b > 0) & (a > 0)).all()) else top.expand(len(a))
+
+
+def _floored(weights: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    return torch.maximum(weights, _FLOOR * weights.max())
 
 
 def largest_eigenvalue(
@@ -228,7 +230,7 @@ def stepped(
     """
     if gains is None:
         return c[:, None] * s * c
-    if bool((c.abs() == r).all()):
+    if _from_zero(c, r):
         root = roots_stepped(s, c, r, gains)
         return root.mH @ root
     moving = (r > 0).nonzero()[:, 0]
@@ -246,11 +248,16 @@ def roots_stepped(
     gains: Float[Tensor, " m"],
 ) -> Tensor:
     """R with R^H R >= P, see `stepped`."""
-    if bool((c.abs() == r).all()):  # slopes from 0 on: P = c G (G - S)^-1 G c
+    if _from_zero(c, r):  # P = c G (G - S)^-1 G c
         left, gains = _raised_factor(s, gains)
         right = torch.diag((gains * c).to(s)).expand_as(s)
         return torch.linalg.solve_triangular(left, right, upper=False)
     return root(stepped(s, c, r, gains))
+
+
+def _from_zero(c: Float[Tensor, " n"], r: Float[Tensor, " n"]) -> bool:
+    """Whether every neuron has slopes from 0 on to some other number."""
+    return bool(((c.abs() == r) & (r > 0)).all())
 
 
 def root(matrices: Float[Tensor, "*f n n"] | Complex[Tensor, "*f n n"]) -> Tensor:
@@ -272,13 +279,21 @@ def root(matrices: Float[Tensor, "*f n n"] | Complex[Tensor, "*f n n"]) -> Tenso
 def _raised_factor(
     inner: Float[Tensor, "*f m m"] | Complex[Tensor, "*f m m"], gains: Float[Tensor, " m"]
 ) -> tuple[Tensor, Float[Tensor, " m"]]:
-    """The Cholesky factor of G - S, and G, raised as far as rounding asks for."""
+    """The Cholesky factor of G - S, and G, raised as far as rounding asks for.
+
+    Where they are far from above S, all are raised to its largest eigenvalue.
+    """
     margin = 16 * len(gains) * torch.finfo(gains.dtype).eps
     while True:
         raised = gains * (1 + margin) + torch.finfo(gains.dtype).tiny
         left, info = torch.linalg.cholesky_ex(torch.diag(raised) - inner)
-        if not bool(info.any()) or not bool(gains.isfinite().all()) or margin > 1:
+        if not bool(info.any()) or not bool(gains.isfinite().all()):
             return left, raised
+        if margin > 1:
+            top = largest_eigenvalue(inner)
+            gains, margin = torch.maximum(gains, top), 16 * len(gains) * torch.finfo(top.dtype).eps
+            if not top.isfinite():
+                return torch.full_like(left, torch.nan), raised
         margin *= 16
 
 
