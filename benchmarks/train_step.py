@@ -36,7 +36,7 @@ def main() -> None:
     save("train_step", {"net": "c6f2_bcp", "batch": BATCH, "loss": "lmt", "pairs": pairs, **found})
 
 
-def measured(make: Callable[[lc.Graph], lc.Bound], every: int, pairs: int) -> dict:
+def measured(make: Callable, every: int, pairs: int) -> dict:
     """Seconds of a step with and without a bound, and their ratio."""
     torch.manual_seed(0)
     net = lc.models.c6f2_bcp(in_shape=(3, 32, 32), classes=10)

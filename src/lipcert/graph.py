@@ -65,12 +65,16 @@ class Slope:
         image: `(lower, upper) -> (low, high)`: an interval holding f of the interval.
         flat: Gives two ends: f is constant up to the first and from the second on; infinite where
             it is not, numbers or live tensors that broadcast to a sample. None if not known.
+        anchored: `(centre, lower, upper) -> (a, b)`: every (f(t) - f(centre)) / (t - centre) with
+            t in the interval, which contains the centre, lies in [a, b]; as `secants`, and never
+            wider. None where only all secants are known.
     """
 
     fn: Callable[[Tensor], Tensor]
     secants: Callable[[Tensor, Tensor], Box]
     image: Callable[[Tensor, Tensor], Box]
     flat: Callable[[], tuple[Tensor | float, Tensor | float]] | None = None
+    anchored: Callable[[Tensor, Tensor, Tensor], Box] | None = None
 
 
 @dataclass(frozen=True, eq=False)

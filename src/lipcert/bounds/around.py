@@ -36,6 +36,9 @@ class Around:
         radii: Radius around each sample, `(b,)`.
         reach: Gives how far a node moves when the input moves by 1, a number or `(b,)`. It is asked
             for nodes whose own boxes are known, and for those before an affine node.
+        moves: Gives how far each entry of an affine node moves from its value at the sample when
+            the input moves by 1, `(b, *shape)`, once the boxes of all nodes before are known; None
+            where it does not know more than `reach`.
     """
 
     def __init__(
@@ -45,10 +48,11 @@ class Around:
         ball: L2Ball,
         radii: Float[Tensor, " b"],
         reach: Callable[[Node], Tensor],
+        moves: Callable[[Node], Tensor | None] = lambda n: None,
     ):
         self.graph = graph
         self.radii = radii
-        self._x, self._ball, self._reach = x, ball, reach
+        self._x, self._ball, self._reach, self._moves = x, ball, reach, moves
         self._users: dict[Node, list[Node]] = {n: [] for n in graph}
         for n in graph:
             for i in n.inputs:
@@ -84,6 +88,14 @@ class Around:
         """The least and the greatest secant slope of a `Slope` node in the ball."""
         assert isinstance(n.op, Slope)
         return n.op.secants(*self.box(n.inputs[0]))
+
+    def anchored(self, n: Node) -> Box:
+        """The least and the greatest slope of a `Slope` node's secants through the sample."""
+        assert isinstance(n.op, Slope)
+        source = n.inputs[0]
+        if n.op.anchored is None:
+            return self.slopes(n)
+        return n.op.anchored(self.centre(source), *self.box(source))
 
     def gain(self, n: Node) -> Float[Tensor, " b"]:
         """The steepest slope of any entry of a `Slope` node in the ball, in size."""
@@ -176,19 +188,33 @@ class Around:
                 self._cubes.add(n)
             moved = map.apply(lower), map.apply(upper)
             return moved if n.op.bias is None else self._shifted(n, moved)
-        if isinstance(map, Conv) and not self._ball.progressive:
-            norms: Tensor | None = filter_norms(map)
-        else:
-            norms = row_norms(map)
-        found: Box | None = None
-        if norms is not None:
-            r = _column(self.radii * self._reach(source), n) * norms.to(self._x)
-            found = self.centre(n) - r, self.centre(n) + r
+        found = self._moved(n)
+        if found is None:
+            found = self._moved_by_rows(n, map)
         # The box of a cube tells nothing that its ball does not, if every row's norm is exact.
         if found is None or not self._ball.progressive or source not in self._cubes:
             entrywise = self._shifted(n, map.interval(lower, upper))
             found = entrywise if found is None else _Intersection.apply(*entrywise, *found)
         return found
+
+    def _moved(self, n: Node) -> Box | None:
+        """The box of how far each entry moves, if that is known."""
+        moves = self._moves(n)
+        if moves is None:
+            return None
+        r = _column(self.radii, n) * moves
+        return self.centre(n) - r, self.centre(n) + r
+
+    def _moved_by_rows(self, n: Node, map: LinearMap) -> Box | None:
+        """The box of how far the node before moves, by the norms of the rows."""
+        if isinstance(map, Conv) and not self._ball.progressive:
+            norms: Tensor | None = filter_norms(map)
+        else:
+            norms = row_norms(map)
+        if norms is None:
+            return None
+        r = _column(self.radii * self._reach(n.inputs[0]), n) * norms.to(self._x)
+        return self.centre(n) - r, self.centre(n) + r
 
     def _shifted(self, n: Node, box: Box) -> Box:
         assert isinstance(n.op, Affine)

@@ -12,20 +12,32 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lipcert.bounds.affine_norm import affine_norm
 from lipcert.bounds.cover import circular_cover
 from lipcert.bounds.ends import End, margins, single_logits
 from lipcert.bounds.extent import Extent, Gains, balanced
 from lipcert.bounds.live import Live
-from lipcert.bounds.margin import Bound, MarginConstants, check_strategy, device_of, evaluating
+from lipcert.bounds.local_ellipsoid import LocalEllipsoid
+from lipcert.bounds.local_ends import local_logits, local_margins
+from lipcert.bounds.margin import (
+    Bound,
+    MarginConstants,
+    check_region,
+    check_strategy,
+    device_of,
+    evaluating,
+    samples,
+)
 from lipcert.bounds.sweep import Facts, Sweep, Way
 from lipcert.bounds.tail import rows_of, tail
 from lipcert.bounds.tightest import least, tightest_pairs
 from lipcert.bounds.waves import Waves
 from lipcert.errors import LipcertError
-from lipcert.graph import Concat, Graph, Lipschitz, Node, Sum
+from lipcert.graph import Affine, Concat, Graph, Lipschitz, Node, Sum
 from lipcert.kinds import Constant, Kind
 from lipcert.linear_kinds import identity
 from lipcert.linear_map import LinearMap
+from lipcert.region import L2Ball
 from lipcert.simplify import simplify
 from lipcert.spectral import Auto, Iterative, Strategy
 
@@ -37,7 +49,7 @@ Seen = list[tuple[Extent, Float[Tensor, "classes n"]]]
 
 
 class Ellipsoid(Bound):
-    """The ellipsoid bound, global, of kind upper.
+    """The ellipsoid bound: global, or around each sample.
 
     It can be above LipLT: `tightest(LipLT(graph), Ellipsoid(graph))` takes the best of each pair.
     Sums and concatenations are followed in one ellipsoid with what they join, where that has at
@@ -47,6 +59,11 @@ class Ellipsoid(Bound):
     multiplier a channel, and as matrices of up to `LARGEST` values. Each pair of classes takes the
     best of these sweeps.
 
+    Around samples the margins' constants hold for changes from the sample: activations enter with
+    the slopes of secants through it (`local_ellipsoid`). `lipschitz` and the like hold between any
+    two points of the ball. Matrices of up to 1,024 values only, and no sorted pairs: it can be
+    above the global bound, so take `tightest` of both.
+
     For training give `every`: then the constants are of kind estimate, one sweep in float32 with
     frequencies wherever there are some, at every so-manieth call with gradients. The calls between
     repeat them without gradients, which the next gradient makes up for.
@@ -54,6 +71,7 @@ class Ellipsoid(Bound):
     Args:
         graph: A traced network.
         norm: Spectral norms of the maps into nodes of more than `LARGEST` values.
+        region: Where the bound is to hold; everywhere by default.
         every: None for certificates. For training, at every how many calls to compute.
 
     Raises:
@@ -64,10 +82,19 @@ class Ellipsoid(Bound):
     pairs: Tensor
     single: Tensor
 
-    def __init__(self, graph: Graph, norm: Strategy | None = None, every: int | None = None):
+    def __init__(
+        self,
+        graph: Graph,
+        norm: Strategy | None = None,
+        region: L2Ball | None = None,
+        every: int | None = None,
+    ):
         super().__init__(graph)
         self.norm = Auto() if norm is None else norm
         check_strategy(self.norm, graph)
+        check_region(region, self.norm)
+        self.region = region
+        self.local = region is not None
         if isinstance(self.norm, Iterative) or self.norm.p != 2:
             raise LipcertError(
                 f"{type(self).__name__}(norm={self.norm!r}) needs a strategy for true L2 norms, "
@@ -75,6 +102,8 @@ class Ellipsoid(Bound):
             )
         if every is not None and not (isinstance(every, int) and every > 0):
             raise LipcertError(f"every={every!r}: needs a whole number of at least 1, or None.")
+        if every is not None and region is not None:
+            raise LipcertError("every= is for training with the global bound: leave out region=.")
         self.every = every
         self._ways = _ways(graph)
         if every is not None:
@@ -86,7 +115,9 @@ class Ellipsoid(Bound):
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(bound)``."""
-        return f"norm={self.norm}" + (f", every={self.every}" if self.every else "")
+        named = {"region": self.region, "every": self.every}
+        given = [f"{name}={value}" for name, value in named.items() if value is not None]
+        return ", ".join([f"norm={self.norm}", *given])
 
     def forward(
         self,
@@ -94,7 +125,11 @@ class Ellipsoid(Bound):
         eps: float | Float[Tensor, " b"] | None = None,
         index: Int[Tensor, " b"] | None = None,
     ) -> MarginConstants:
-        """The constants of all pairs, see `Bound`; nothing is looked at."""
+        """The constants of all pairs, see `Bound`."""
+        if self.region is not None:
+            with evaluating(self.graph):
+                local = self._around(x, eps)
+                return local_margins(self.classes, local.ends(), local.boxed(), local.around)
         if self.every is None or not torch.is_grad_enabled():
             return self._margins()
         if int(self.calls) % self.every == 0:
@@ -118,6 +153,9 @@ class Ellipsoid(Bound):
         eps: float | Float[Tensor, " b"] | None = None,
     ) -> Constant:
         """Lipschitz constants of the single logits, see `Bound`."""
+        if self.region is not None:
+            with evaluating(self.graph):
+                return local_logits(self._around(x, eps).ends(anchored=False))
         count = self.graph.output.shape[0]
         return least([single_logits(count, ends, self.p) for ends in self._ends()])
 
@@ -130,8 +168,24 @@ class Ellipsoid(Bound):
         """A Lipschitz constant of the function from the input to a node, see `Bound`."""
         target = self.graph.node(upto) if isinstance(upto, str) else upto
         with evaluating(self.graph):
+            if self.region is not None:
+                return self._around(x, eps).constants(target, anchored=False)
             facts = self._facts()
             return least([Sweep(facts, [target], w).of(target).radius() for w in self._ways])
+
+    def _around(
+        self, x: Float[Tensor, "b ..."] | None, eps: float | Float[Tensor, " b"] | None
+    ) -> LocalEllipsoid:
+        """The bound around each sample."""
+        assert self.region is not None
+        x = samples(x, self.graph, self.norm)
+
+        def norm(n: Node) -> Constant:
+            op = n.op
+            assert isinstance(op, Affine)
+            return self._once(n, lambda: affine_norm(op, self.norm))
+
+        return LocalEllipsoid(self.graph, x, self.region, self.region.radii(x, eps), norm)
 
     def _gains(self, n: Node) -> Gains:
         """The multipliers of a node."""

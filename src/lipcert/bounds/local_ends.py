@@ -45,6 +45,34 @@ class LocalEnd:
         """Vectors without the parts that act on what cannot change."""
         return vectors if self.weights is None else vectors * self.weights[:, None]
 
+    def constants(self, vectors: Float[Tensor, "b classes n"]) -> Float[Tensor, "b classes"]:
+        """Lipschitz constants of vectors acting on g."""
+        return (
+            torch.linalg.vector_norm(self.changing(vectors), dim=-1) * self.reached.value[:, None]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EllipsoidEnd(LocalEnd):
+    """A term of which an ellipsoid is known: d g d g^T <= S |dx|^2 for the changes of g.
+
+    Attributes:
+        basis: Orthonormal columns Q that span the rows.
+        factor: F with Q^T S Q <= F F^T for each sample.
+        rest: A root of a number above S for each sample: for what rounding leaves outside of Q.
+    """
+
+    basis: Float[Tensor, "n k"]
+    factor: Float[Tensor, "b k k"]
+    rest: Float[Tensor, " b"]
+
+    def constants(self, vectors: Float[Tensor, "b classes n"]) -> Float[Tensor, "b classes"]:
+        """The root of v^T S v; differences come as one vector, so that nothing cancels."""
+        inside = vectors @ self.basis
+        outside = torch.linalg.vector_norm(vectors - inside @ self.basis.mT, dim=-1)
+        known = torch.linalg.vector_norm(inside @ self.factor, dim=-1)
+        return known + outside * self.rest[:, None]
+
 
 @dataclass(frozen=True)
 class BoxedEnd:
@@ -87,10 +115,7 @@ def local_margins(
     """
 
     def row(wanted: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
-        terms = []
-        for end in ends:
-            vectors = end.changing(end.differences(wanted))
-            terms.append(torch.linalg.vector_norm(vectors, dim=-1) * end.reached.value[:, None])
+        terms = [end.constants(end.differences(wanted)) for end in ends]
         return torch.stack(terms).sum(0)
 
     def drop(wanted: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
@@ -114,8 +139,7 @@ def local_logits(ends: Sequence[LocalEnd]) -> Constant:
     terms = []
     for end in ends:
         rows = end.rows.expand(len(end.reached.value), *end.rows.shape[-2:])
-        norms = torch.linalg.vector_norm(end.changing(rows), dim=-1)
-        terms.append(norms * end.reached.value[:, None])
+        terms.append(end.constants(rows))
     return Constant(torch.stack(terms).sum(0), *_claim(ends))
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lipcert.graph import Box, Slope
-
-Numbers = Sequence[Tensor | float]
+from lipcert.rules.anchored import Numbers, of_derivative, of_pieces
 
 
 def piecewise_linear(
@@ -66,7 +65,7 @@ def piecewise_linear(
         begins, ends = (isinstance(s, int | float) and s == 0 for s in (slopes[0], slopes[-1]))
         return breaks[0] if begins else -math.inf, breaks[-1] if ends else math.inf
 
-    return Slope(fn, secants, image, flat)
+    return Slope(fn, secants, image, flat, of_pieces(pieces, secants))
 
 
 def smooth(
@@ -101,7 +100,7 @@ def smooth(
         ends = (_at(fn, lower, at_limits), _at(fn, upper, at_limits))
         return _range(fn, lower, upper, ends, turns)
 
-    return Slope(fn, secants, image)
+    return Slope(fn, secants, image, anchored=of_derivative(secants))
 
 
 def everywhere(
