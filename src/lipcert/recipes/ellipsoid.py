@@ -53,7 +53,7 @@ def ellipsoid_mnist_lmt() -> Recipe:
         epochs=80,
         batch_size=256,
         optimiser=adam,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
         learning_rate_schedule=Linear(1.0, 0.01, begin=0.5),
         radii=RADII,
     )
