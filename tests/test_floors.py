@@ -7,7 +7,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "lipcert"
 FLOORS = [
     {"errors", "kinds", "files", "convolution", "simplify", "spectral"}
-    | {"linear_map", "linear_kinds", "row_norms"},
+    | {"linear_map", "linear_kinds", "row_norms", "folding"},
     {"layers", "graph", "fuse", "rules", "recording", "tracing"},
     {"region", "bounds", "constants"},
     {"losses", "certificate", "adversary", "normalized", "radii"},

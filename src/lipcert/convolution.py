@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -88,6 +89,16 @@ class Conv(LinearMap):
         """Whether several taps of a window read one cell, where they may cancel or add up."""
         reach = zip(self.dilation, self.kernel, self.in_shape[1:], strict=True)
         return self.circular and any(d * (k - 1) >= n for d, k, n in reach)
+
+    def ungrouped(self) -> Float[Tensor, "out in *kernel"]:
+        """The weight with zeros for pairs of channels of different groups."""
+        if self.groups == 1:
+            return self.weight
+        blocks = self.weight.unflatten(0, (self.groups, -1))
+        full = blocks.new_zeros(self.groups, blocks.shape[1], self.groups, *blocks.shape[2:])
+        same = torch.arange(self.groups, device=blocks.device)
+        full[same, :, same] = blocks
+        return full.flatten(2, 3).flatten(0, 1)
 
     def magnitude(self) -> LinearMap:
         if self.taps_meet:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lipcert.bounds.slopes import everywhere
 from lipcert.convolution import Conv
+from lipcert.folding import as_convolution
 from lipcert.graph import Affine, Box, Graph, Input, Node, Slope, Sum
 from lipcert.linear_kinds import Index
 from lipcert.linear_map import LinearMap, Shape
@@ -43,7 +44,8 @@ class Cover:
 def circular_cover(graph: Graph) -> Cover | None:
     """The cover of as many nodes of a network as have one, or None if there are none.
 
-    Nodes have one as long as there are only convolutions with zero padding, activations with one
+    Nodes have one as long as there are only convolutions with zero padding, with average pooling
+    before or after them or alone, activations with one
     range of slopes a channel, and sums, from the input on.
     """
     strides = _strides(graph)
@@ -96,8 +98,8 @@ def _convolution(n: Node) -> Conv | None:
     """The zero-padded convolution that a node is; padding may not exceed the kernel."""
     if not isinstance(n.op, Affine):
         return None
-    map = simplify(n.op.map().to(torch.float64))
-    if not isinstance(map, Conv) or map.circular:
+    map = as_convolution(simplify(n.op.map().to(torch.float64)))
+    if map is None:
         return None
     reach = [d * (k - 1) for d, k in zip(map.dilation, map.kernel, strict=True)]
     fits = all(before <= r for (before, _), r in zip(map.padding, reach, strict=True))

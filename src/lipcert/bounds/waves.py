@@ -210,11 +210,7 @@ def _symbols(before: Waves, conv: Conv, weight: Tensor) -> Complex[Tensor, "f fo
     offsets = taps * torch.tensor(conv.dilation) - torch.tensor([b for b, _ in conv.padding])
     angles = 2 * math.pi * (_frequencies(before.coarsest, before.folds) @ offsets.double().mT)
     phases = torch.cat([angles.cos(), angles.sin()], 1).reshape(2 * len(angles), -1)
-    weight = weight.flatten(2)
-    if conv.groups > 1:
-        parts = weight.unflatten(0, (conv.groups, -1)).unbind()
-        taps_first = [torch.block_diag(*(p[..., t] for p in parts)) for t in range(len(taps))]
-        weight = torch.stack(taps_first, -1)
+    weight = dataclasses.replace(conv, weight=weight).ungrouped().flatten(2)
     out, into = weight.shape[:2]
     values = phases.to(weight) @ weight.reshape(out * into, -1).mT
     real, imaginary = values.reshape(-1, 2, out * into).unbind(1)

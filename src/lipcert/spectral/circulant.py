@@ -162,13 +162,7 @@ def _of_convolution(conv: Conv, at: Tensor) -> Tensor:
     offsets = taps * torch.tensor(conv.dilation).to(at) - before
     angles = 2 * math.pi * (fine.flatten(0, -2) @ offsets.mT)
     phases = torch.polar(torch.ones_like(angles), angles) / math.prod(conv.stride) ** 0.5
-    weight = conv.weight.flatten(2).to(torch.complex128)
-    if conv.groups > 1:
-        blocks = weight.reshape(conv.groups, -1, *weight.shape[1:])
-        full = weight.new_zeros(conv.groups, blocks.shape[1], conv.groups, *weight.shape[1:])
-        same = torch.arange(conv.groups, device=weight.device)
-        full[same, :, same] = blocks
-        weight = full.flatten(2, 3).flatten(0, 1)
+    weight = conv.ungrouped().flatten(2).to(torch.complex128)
     matrices = torch.einsum("ft,oit->foi", phases, weight)
     return matrices.unflatten(0, fine.shape[:-1]).movedim(
         tuple(range(1, 1 + conv.axes)), tuple(range(-conv.axes, 0))
