@@ -104,7 +104,7 @@ def test_the_chain_of_verbs(run_folder, capsys, tmp_path):
 
     assert call("bound", run_folder, "--json") == 0
     table = json.loads(capsys.readouterr().out)
-    assert [row["bound"] for row in table["bounds"]] == ["product", "liplt"]
+    assert [row["bound"] for row in table["bounds"]] == ["product", "liplt", "ellipsoid"]
     assert {row["kind"] for row in table["bounds"]} == {"upper"}
     assert min(row["lipschitz"] for row in table["bounds"]) >= table["sampled_lower_bound"] > 0
     assert sum(row["share"] for row in table["layers"]) == pytest.approx(1)
@@ -350,7 +350,7 @@ def test_bounds_side_by_side(deep, capsys):
     table, rows = bounds_of(capsys, f"{deep}:make", "--input-shape", 6, *net)
     assert list(rows) == ["liplt", "auto", "product"]
     best = rows["auto"]["lipschitz"]
-    assert best == rows["liplt"]["lipschitz"] < 0.8 * rows["product"]["lipschitz"]
+    assert best < rows["liplt"]["lipschitz"] < 0.8 * rows["product"]["lipschitz"]
     for row in rows.values():
         assert row["ratio"] == pytest.approx(row["lipschitz"] / best)
         assert row["smallest_pair"] <= row["median_pair"] <= row["largest_pair"]
@@ -394,12 +394,22 @@ def test_the_printed_table_loses_no_column(columns, monkeypatch, capsys):
     assert "".join(names) == name
 
 
+def test_tight_is_the_tightest(deep, capsys):
+    torch.manual_seed(0)
+    net = [part for name in ("tight", "auto", "eclipse") for part in ("--bound", name)]
+    _, rows = bounds_of(capsys, f"{deep}:make", "--input-shape", 6, *net)
+    best = rows["tight"]["largest_pair"]
+    assert best < rows["auto"]["largest_pair"]
+    assert best <= rows["eclipse"]["largest_pair"]
+
+
 @pytest.mark.parametrize("bound", ["product", "liplt", "auto"])
 def test_certificates_of_each_bound(bound, run_folder, capsys):
     assert call("certify", run_folder, "--bound", bound, "--json") == 0
     assert json.loads(capsys.readouterr().out)["bound"] == bound
     kept = json.loads((run_folder / "bound.json").read_text())
-    shown = ["product"] if bound == "product" else ["product", "liplt"]
+    shown = ["product", "liplt", "ellipsoid"]
+    shown = {"product": shown[:1], "liplt": shown[:2], "auto": shown}[bound]
     assert [row["bound"] for row in kept["bounds"]] == shown
     rows = evaluate.read_certificates(runs.open_run(run_folder))
     assert rows.schema.metadata[b"bound"] == bound.encode()
@@ -453,7 +463,8 @@ def test_certificates_of_local_bounds(relu_run, own_attacks_only, capsys, tmp_pa
     assert float(rows.local_constant.quantile(0.5)) == said["median_local"]
     assert rows.proved["all"].tolist() == found["robust@1/20"]
     kept = relu_run.read_json("bound.json", "")["bounds"]
-    labels = ["product", "liplt", "local-product, median of 32 samples in balls of 1/20"]
+    label = "local-product, median of 32 samples in balls of 1/20"
+    labels = ["product", "liplt", "ellipsoid", label]
     assert [row["bound"] for row in kept] == labels
 
     assert call("attack", relu_run.folder, "--samples", 40, "--steps", 10, "--restarts", 2) == 0
@@ -475,7 +486,7 @@ def test_slopes_seen_elsewhere_do_not_refute_a_local_certificate():
     attacked = Inequality(ones, ones, ones, below, found, {})
     for bound in ("auto", "product", "liplt"):
         assert refuted(seen, bound).tolist() == [True, False]
-    for bound in ("local-product", "local-liplt"):
+    for bound in ("local-product", "local-liplt", "local-ellipsoid"):
         assert refuted(seen, bound).tolist() == [False, False]
         assert refuted(attacked, bound).tolist() == [True, False]
 

@@ -22,11 +22,14 @@ _HOME = {
     "L2Ball": "lipcert.region",
     "LOBPCG": "lipcert.spectral",
     "Lanczos": "lipcert.spectral",
+    "Eclipse": "lipcert.bounds",
     "Ellipsoid": "lipcert.bounds",
     "LipLT": "lipcert.bounds",
     "LipLTNormalized": "lipcert.normalized",
+    "LipSDP": "lipcert.bounds",
     "LipcertError": "lipcert.errors",
     "MarginConstants": "lipcert.bounds",
+    "Multipliers": "lipcert.bounds",
     "PowerBound": "lipcert.spectral",
     "PowerIteration": "lipcert.spectral",
     "Product": "lipcert.bounds",
@@ -51,7 +54,17 @@ __all__ = sorted([*_HOME, *_MODULES, "__version__"])
 if TYPE_CHECKING:
     from lipcert import data, graph, layers, losses, models, recipes, schedules
     from lipcert.adversary import pgd
-    from lipcert.bounds import Ellipsoid, LipLT, MarginConstants, Product, SampleVectors, tightest
+    from lipcert.bounds import (
+        Eclipse,
+        Ellipsoid,
+        LipLT,
+        LipSDP,
+        MarginConstants,
+        Multipliers,
+        Product,
+        SampleVectors,
+        tightest,
+    )
     from lipcert.certificate import (
         Certificate,
         average_certified_radius,

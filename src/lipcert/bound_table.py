@@ -1,5 +1,6 @@
 """The bound table: what bounds say of a network side by side, and which layer is loose."""
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lipcert.adversary import lower_bound
-from lipcert.bounds import Bound, Ellipsoid, Layer, LipLT, MarginConstants, Product, tightest
+from lipcert.bounds import (
+    Bound,
+    Eclipse,
+    Ellipsoid,
+    Layer,
+    LipLT,
+    MarginConstants,
+    Multipliers,
+    Product,
+    tightest,
+)
 from lipcert.bounds.tightest import least, tightest_pairs
 from lipcert.errors import LipcertError
 from lipcert.graph import Graph, Node
@@ -24,35 +35,61 @@ class BoundName(StrEnum):
     """Bounds by the name typed on the command line; the last ones hold around samples only."""
 
     AUTO = "auto"
+    TIGHT = "tight"
     PRODUCT = "product"
     LIPLT = "liplt"
+    ECLIPSE = "eclipse"
     ELLIPSOID = "ellipsoid"
+    MULTIPLIERS = "multipliers"
     LOCAL_PRODUCT = "local-product"
     LOCAL_LIPLT = "local-liplt"
+    LOCAL_ELLIPSOID = "local-ellipsoid"
 
 
-LOCAL = (BoundName.LOCAL_PRODUCT, BoundName.LOCAL_LIPLT)
+_GLOBAL = {
+    BoundName.PRODUCT: Product,
+    BoundName.LIPLT: LipLT,
+    BoundName.ECLIPSE: Eclipse,
+    BoundName.ELLIPSOID: Ellipsoid,
+    BoundName.MULTIPLIERS: Multipliers,
+}
+GLOBAL_OF = {
+    BoundName.LOCAL_PRODUCT: BoundName.PRODUCT,
+    BoundName.LOCAL_LIPLT: BoundName.LIPLT,
+    BoundName.LOCAL_ELLIPSOID: BoundName.ELLIPSOID,
+}
+"""The bounds around samples, each with what it is everywhere."""
+
+LOCAL = tuple(GLOBAL_OF)
+
+
+def members(name: BoundName, graph: Graph) -> list[BoundName]:
+    """The bounds of which a name takes the tightest; of a single bound itself.
+
+    `auto` has those that are cheap on this network, `tight` the search for multipliers too.
+    """
+    cheap = [BoundName.PRODUCT, BoundName.LIPLT]
+    match name:
+        case BoundName.AUTO:
+            return [*cheap, BoundName.ELLIPSOID] if Ellipsoid(graph).is_cheap else cheap
+        case BoundName.TIGHT:
+            return [*cheap, BoundName.ECLIPSE, BoundName.ELLIPSOID, BoundName.MULTIPLIERS]
+    return [name]
 
 
 def make_bound(name: BoundName, graph: Graph) -> Bound:
-    """The global bound of this name, with true norms. `auto` is the tightest of what is cheap.
+    """The global bound of this name, with true norms.
 
     Raises:
         LipcertError: The name is that of a local bound.
     """
-    match name:
-        case BoundName.AUTO:
-            return tightest(Product(graph), LipLT(graph))
-        case BoundName.PRODUCT:
-            return Product(graph)
-        case BoundName.LIPLT:
-            return LipLT(graph)
-        case BoundName.ELLIPSOID:
-            return Ellipsoid(graph)
-    raise LipcertError(
-        f"{name} holds in balls around samples: build it with a region, e.g. "
-        "lc.Product(graph, region=lc.L2Ball(0.1))."
-    )
+    if name in LOCAL:
+        raise LipcertError(
+            f"{name} holds in balls around samples: build it with a region, e.g. "
+            "lc.Product(graph, region=lc.L2Ball(0.1))."
+        )
+    bounds = [_GLOBAL[member](graph) for member in members(name, graph)]
+    return bounds[0] if len(bounds) == 1 else tightest(*bounds)
 
 
 @dataclass(frozen=True)
@@ -154,14 +191,22 @@ def bound_table(
         raise LipcertError(
             f"{local[0]} holds in balls around samples: say how large they are, e.g. --eps 36/255."
         )
-    region = L2Ball(parse_radius(eps))
-    product, liplt = Product(graph, region=region), LipLT(graph, region=region)
-    with product.held(), liplt.held():
-        found = evaluated(names, graph, product, liplt)
-        for name in local:
-            bound = product if name is BoundName.LOCAL_PRODUCT else liplt
-            found[name] = evaluated_around(bound, x, eps)
+    around = bounds_around(graph, L2Ball(parse_radius(eps)))
+    with contextlib.ExitStack() as stack:
+        for bound in around.values():
+            stack.enter_context(bound.held())
+        found = evaluated(names, graph, around)
+        found.update({name: evaluated_around(around[name], x, eps) for name in local})
     return tabulated(names, found, graph, x, steps)
+
+
+def bounds_around(graph: Graph, region: L2Ball) -> dict[BoundName, Product | LipLT | Ellipsoid]:
+    """The local bounds by their names, with true norms."""
+    return {
+        BoundName.LOCAL_PRODUCT: Product(graph, region=region),
+        BoundName.LOCAL_LIPLT: LipLT(graph, region=region),
+        BoundName.LOCAL_ELLIPSOID: Ellipsoid(graph, region=region),
+    }
 
 
 @dataclass(frozen=True)
@@ -186,8 +231,7 @@ class Evaluated:
 def evaluated(
     names: Sequence[BoundName],
     graph: Graph,
-    product: Product | None = None,
-    liplt: LipLT | None = None,
+    around: Mapping[BoundName, Bound] | None = None,
 ) -> dict[BoundName, Evaluated]:
     """Global bounds by name with true norms, each norm of a method computed once.
 
@@ -196,43 +240,48 @@ def evaluated(
     Args:
         names: Which; local ones are passed over.
         graph: The traced network.
-        product: The product bound to ask, so that norms that it holds are not computed again. It
-            may be a local one: what it says of the network everywhere is taken.
-        liplt: The same for LipLT.
+        around: Local bounds, see `bounds_around`: what those of product and LipLT say of the
+            network everywhere is taken, so that norms that they hold are not computed again.
     """
     graph.check(graph.model)
-    logits = _has_logits(graph)
+    logits, around = _has_logits(graph), around or {}
+    wanted = {m for name in names if name not in LOCAL for m in members(name, graph)}
     found: dict[BoundName, Evaluated] = {}
     with torch.no_grad():
-        begin = time.perf_counter()
-        product = Product(graph) if product is None else product
-        layers, pairs = product.explained() if logits else (product.layers(), None)
-        seconds = time.perf_counter() - begin
-        found[BoundName.PRODUCT] = Evaluated(layers[-1].prefix, pairs, layers, seconds)
-        if BoundName.LIPLT in names or BoundName.AUTO in names:
-            begin = time.perf_counter()
-            liplt = LipLT(graph) if liplt is None else liplt
-            prefixes, pairs = liplt.explained() if logits else (liplt.prefixes(), None)
-            seconds = time.perf_counter() - begin
-            found[BoundName.LIPLT] = Evaluated(prefixes[graph.output], pairs, [], seconds)
-        if BoundName.AUTO in names:
-            members = list(found.values())
-            together = [m.pairs for m in members if m.pairs is not None]
-            found[BoundName.AUTO] = Evaluated(
-                least([m.lipschitz for m in members]),
-                tightest_pairs(together) if together else None,
-                [],
-                sum(m.seconds for m in members),
-            )
-        if BoundName.ELLIPSOID in names:
-            begin, ellipsoid = time.perf_counter(), Ellipsoid(graph)
-            pairs, whole = ellipsoid() if logits else None, ellipsoid.lipschitz()
-            seconds = time.perf_counter() - begin
-            found[BoundName.ELLIPSOID] = Evaluated(whole, pairs, [], seconds)
+        for name, make in _GLOBAL.items():
+            if name not in wanted and name is not BoundName.PRODUCT:
+                continue
+            begin, layers = time.perf_counter(), []
+            match name:
+                case BoundName.PRODUCT:
+                    product = around.get(BoundName.LOCAL_PRODUCT, None) or Product(graph)
+                    assert isinstance(product, Product)
+                    layers, pairs = product.explained() if logits else (product.layers(), None)
+                    whole = layers[-1].prefix
+                case BoundName.LIPLT:
+                    liplt = around.get(BoundName.LOCAL_LIPLT, None) or LipLT(graph)
+                    assert isinstance(liplt, LipLT)
+                    prefixes, pairs = liplt.explained() if logits else (liplt.prefixes(), None)
+                    whole = prefixes[graph.output]
+                case _:
+                    bound = make(graph)
+                    with bound.held():
+                        pairs, whole = bound() if logits else None, bound.lipschitz()
+            found[name] = Evaluated(whole, pairs, layers, time.perf_counter() - begin)
+        for name in (BoundName.AUTO, BoundName.TIGHT):
+            if name in names:
+                parts = [found[member] for member in members(name, graph)]
+                together = [part.pairs for part in parts if part.pairs is not None]
+                found[name] = Evaluated(
+                    least([part.lipschitz for part in parts]),
+                    tightest_pairs(together) if together else None,
+                    [],
+                    sum(part.seconds for part in parts),
+                )
     return found
 
 
-def evaluated_around(bound: Product | LipLT, x: Float[Tensor, "b ..."], eps: str) -> Evaluated:
+def evaluated_around(bound: Bound, x: Float[Tensor, "b ..."], eps: str) -> Evaluated:
     """A local bound in balls of radius `eps` around some samples, all at once."""
     begin, radius = time.perf_counter(), parse_radius(eps)
     with torch.no_grad(), bound.held():

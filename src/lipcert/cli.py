@@ -34,8 +34,9 @@ Eps = Annotated[
 Bound = Annotated[
     str,
     typer.Option(
-        help="Which bound: auto (the tighter of product and liplt), product, liplt, ellipsoid; "
-        "around each sample too: local-product, local-liplt."
+        help="Which bound: auto (the tightest of product, liplt and ellipsoid where cheap), "
+        "product, liplt, ellipsoid, eclipse, multipliers (a search), tight (all of these); around "
+        "each sample too: local-product, local-liplt, local-ellipsoid."
     ),
 ]
 
@@ -117,7 +118,7 @@ def bound(
         str | None, typer.Option(metavar="C,H,W", help="One sample's shape, for MODULE:FUNCTION.")
     ] = None,
     bounds: Annotated[
-        list[str] | None, typer.Option("--bound", help="Which bounds; repeatable [product, liplt].")
+        list[str] | None, typer.Option("--bound", help="Which bounds; repeatable [those of auto].")
     ] = None,
     eps: Annotated[
         str | None,
@@ -131,8 +132,7 @@ def bound(
     """Table of Lipschitz bounds: constants, kind, time, and which layer is loose."""
     from lipcert import commands
 
-    names = bounds or ["product", "liplt"]
-    commands.bound(target, weights, input_shape, names, eps, device, as_json)
+    commands.bound(target, weights, input_shape, bounds or [], eps, device, as_json)
 
 
 @app.command()

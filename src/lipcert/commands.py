@@ -15,7 +15,7 @@ from lipcert import run as runs
 from lipcert import train as training
 from lipcert.attack_command import attack_at, fail_on_flips
 from lipcert.attacking import Effort
-from lipcert.bound_table import LOCAL, BoundName, bound_table
+from lipcert.bound_table import LOCAL, BoundName, bound_table, members
 from lipcert.data import Dataset, Split, load
 from lipcert.errors import LipcertError
 from lipcert.external_attacks import AttackName
@@ -146,7 +146,7 @@ def bound(
         data = load(run.recipe.data, Split.EVALUATION)
         x = data.pixels(slice(evaluate.SAMPLED), device)
     with progress("bound", 1) as advance:
-        result = bound_table(chosen, graph, x, eps)
+        result = bound_table(chosen or members(BoundName.AUTO, graph), graph, x, eps)
         advance(1)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result), indent=2))
@@ -229,8 +229,8 @@ def demo(out: Path) -> None:
     effort = Effort(steps=50, restarts=5, samples=None, seed=0, batch_size=512)
     attack_at(run, net, test, AttackName.PGD, list(recipe.radii), effort)
     results = attack_at(run, net, test, AttackName.PGD, [], effort)
-    both = [BoundName.PRODUCT, BoundName.LIPLT]
-    tables.show_bounds(bound_table(both, graph, test.pixels(slice(evaluate.SAMPLED))))
+    table = bound_table(members(auto, graph), graph, test.pixels(slice(evaluate.SAMPLED)))
+    tables.show_bounds(table)
     tables.show_summary(summary, results)
     fail_on_flips(results)
     report([out], None)

@@ -115,7 +115,8 @@ def certify_run(
         ],
         "versions": versions(),
     }
-    shown = [part for part in BoundName if part in found and part is not BoundName.AUTO]
+    several = (BoundName.AUTO, BoundName.TIGHT)
+    shown = [part for part in BoundName if part in found and part not in several]
     table = tabulated(shown, found, graph, x[:SAMPLED])
     rows_of_samples = certificates_table(certificate, labels, values, name, by)
     write_atomically(run.path("certificates.parquet"), rows_of_samples)

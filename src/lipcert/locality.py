@@ -6,6 +6,7 @@ units that the ball keeps constant do not count. Here certified accuracy at one 
 without some of them, on the same samples and with the same norms.
 """
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lipcert.bound_table import BoundName, Evaluated, evaluated, evaluated_around
-from lipcert.bounds import LipLT, MarginConstants, Product
+from lipcert.bound_table import (
+    GLOBAL_OF,
+    LOCAL,
+    BoundName,
+    Evaluated,
+    bounds_around,
+    evaluated,
+    evaluated_around,
+)
+from lipcert.bounds import Bound, MarginConstants, Product
 from lipcert.bounds.around import Around
 from lipcert.bounds.tightest import Tightest, tightest_pairs
 from lipcert.certificate import Certificate, Claim, certify
@@ -177,20 +186,21 @@ def certify_around(
     Raises:
         LipcertError: The bound is not local, the network has no logits, or as `certify` raises.
     """
-    if name not in (BoundName.LOCAL_PRODUCT, BoundName.LOCAL_LIPLT):
+    if name not in LOCAL:
         raise LipcertError(f"{name} is not local; use certify(net, x, bound=...).")
     text, first = next(iter(radii.items()))
-    region, units = L2Ball(first), _Units()
-    product, liplt = Product(graph, region=region), LipLT(graph, region=region)
-    around: Product | LipLT = product if name is BoundName.LOCAL_PRODUCT else liplt
-    with product.held(), liplt.held():
-        found = evaluated([BoundName.AUTO], graph, product, liplt)
-        everywhere = found[BoundName.AUTO].pairs
-        alone = found[BoundName.PRODUCT if around is product else BoundName.LIPLT].pairs
+    units, bounds = _Units(), bounds_around(graph, L2Ball(first))
+    around, product = bounds[name], bounds[BoundName.LOCAL_PRODUCT]
+    with contextlib.ExitStack() as stack:
+        for bound in bounds.values():
+            stack.enter_context(bound.held())
+        found = evaluated([BoundName.AUTO, GLOBAL_OF[name]], graph, bounds)
+        everywhere, alone = found[BoundName.AUTO].pairs, found[GLOBAL_OF[name]].pairs
         if everywhere is None or alone is None:
             raise LipcertError(f"Certificates need logits; the output is {graph.output.shape}.")
         every = AtRadii(everywhere, around, list(radii.values()), units)
         certificate = certify(net, x, bound=every, batch_size=batch_size, on_batch=on_batch)
+        assert isinstance(product, Product)
         boxes = certify(net, x, bound=_WholeNorms(product), batch_size=batch_size)
         found[name] = evaluated_around(around, x[:_SAMPLED], text)
     names = [str(BoundName.AUTO), *(f"{name}@{text}" for text in radii)]
@@ -213,7 +223,7 @@ class AtRadii(Tightest):
     def __init__(
         self,
         everywhere: MarginConstants,
-        around: Product | LipLT,
+        around: Bound,
         radii: Sequence[float],
         watch: Callable[[Around], object],
     ):

@@ -33,7 +33,7 @@ from lipcert.bounds.tail import rows_of, tail
 from lipcert.bounds.tightest import least, tightest_pairs
 from lipcert.bounds.waves import Waves
 from lipcert.errors import LipcertError
-from lipcert.graph import Affine, Concat, Graph, Lipschitz, Node, Sum
+from lipcert.graph import Affine, Concat, Graph, Input, Lipschitz, Node, Sum
 from lipcert.kinds import Constant, Kind
 from lipcert.linear_kinds import identity
 from lipcert.linear_map import LinearMap
@@ -112,6 +112,14 @@ class Ellipsoid(Bound):
             self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
             self.register_buffer("pairs", torch.zeros(classes, classes))
             self.register_buffer("single", torch.zeros(classes))
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether no node has to be held by a ball because it has too many values."""
+        covers = [way.cover for way in self._ways if way.cover is not None]
+        within = set(covers[0].of) if covers else set()
+        others = [n for n in self.graph if n not in within and not isinstance(n.op, Input)]
+        return all(math.prod(n.shape) <= LARGEST for n in others)
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(bound)``."""
