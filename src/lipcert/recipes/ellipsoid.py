@@ -116,7 +116,7 @@ def ellipsoid_digits() -> Recipe:
         summary="the ellipsoid bound on the embedded digits: an MLP with ReLU, certified at 36/255",
         data=DIGITS,
         model=_orthogonal(models.mlp, widths=(256, 256, 256), activation=nn.ReLU),
-        eps=1.5 * 36 / 255,
+        eps=3 * 36 / 255,
         epochs=60,
         batch_size=64,
         learning_rate=2e-3,
