@@ -70,6 +70,7 @@ def test_validation_between_steps_is_fresh_and_does_not_count():
 
 
 def test_its_state_is_saved():
+    torch.set_default_dtype(torch.float32)
     net = conv_net()
     graph = lc.trace(net, (1, 6, 6))
     bound, other = lc.Ellipsoid(graph, every=2), lc.Ellipsoid(graph, every=2)
@@ -77,7 +78,7 @@ def test_its_state_is_saved():
     other.load_state_dict(bound.state_dict())
     with torch.no_grad():
         net[0].weight.mul_(2)
-    torch.testing.assert_close(other().dense(), first)
+    assert torch.equal(other().dense(), first)  # so that training resumes bit for bit
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5])

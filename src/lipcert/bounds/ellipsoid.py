@@ -108,10 +108,10 @@ class Ellipsoid(Bound):
         self._ways = _ways(graph)
         if every is not None:
             self._ways = self._ways[-1:]
-            classes = self.classes
+            zeros = torch.zeros(self.classes, self.classes, dtype=torch.float64)
             self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-            self.register_buffer("pairs", torch.zeros(classes, classes))
-            self.register_buffer("single", torch.zeros(classes))
+            self.register_buffer("pairs", zeros)
+            self.register_buffer("single", zeros[0].clone())
 
     @property
     def is_cheap(self) -> bool:
