@@ -278,3 +278,14 @@ def test_neurons_that_a_linear_network_would_not_read():
     graph = lc.trace(net, (2,))
     found, other = (b(graph)().dense().max() for b in (lc.Ellipsoid, lc.Product))
     assert found < other
+
+
+def test_outputs_without_axes():
+    """A network that gives one number a sample, with no axis for it."""
+
+    class Gap(nn.Module):
+        def forward(self, x):
+            return x[:, 0] - torch.relu(x[:, 1])
+
+    bound = lc.Ellipsoid(lc.trace(Gap(), (2,)))
+    assert float(bound.lipschitz()) == pytest.approx(2**0.5, rel=1e-6)

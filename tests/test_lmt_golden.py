@@ -79,9 +79,8 @@ REFUSED = {
     "L2normalize eps=.1": (lambda s, x: F.normalize(x, eps=0.1), DIVIDES),
     "CE loss vs label0": (lambda s, x: F.cross_entropy(x, s.label), "no rule"),
 }
-# The calculus joins branches blindly: it sees neither that relu(x) and relu(-x) are never active
-# together, nor that the two terms of a margin read other entries.
-LOOSE = {"crelu": math.sqrt(2), "margin x0-max_rest": math.sqrt(2)}
+# The calculus does not see that relu(x) and relu(-x) are never active together.
+LOOSE = {"crelu": math.sqrt(2)}
 
 
 def split(name):

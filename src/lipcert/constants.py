@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lipcert.bounds import LipLT, Product, tightest
+from lipcert.bounds import Bound, Ellipsoid, LipLT, Product, tightest
 from lipcert.errors import LipcertError
 from lipcert.graph import Affine, Input
 from lipcert.kinds import Constant
@@ -43,9 +43,10 @@ def spectral_norm(module: nn.Module, input_shape: Shape, norm: Strategy | None =
 
 
 def lipschitz(net: nn.Module, input_shape: Shape, norm: Strategy | None = None) -> Constant:
-    """The smaller of two upper bounds, product and LipLT, on a network's Lipschitz constant.
+    """The least of the upper bounds on a network's Lipschitz constant that are cheap.
 
-    Global, in L2, of the whole output vector.
+    Product, LipLT and, where it fits and no strategy is given, the ellipsoid bound; global, in L2,
+    of the whole output vector.
 
     Args:
         net: Any module made of ops with a known rule.
@@ -58,4 +59,7 @@ def lipschitz(net: nn.Module, input_shape: Shape, norm: Strategy | None = None) 
     """
     graph = trace(net, input_shape)
     graph.check(net)  # NaN weights would come out as a constant
-    return tightest(Product(graph, norm), LipLT(graph, norm)).lipschitz()
+    bounds: list[Bound] = [Product(graph, norm), LipLT(graph, norm)]
+    if norm is None and (ellipsoid := Ellipsoid(graph)).is_cheap:
+        bounds.append(ellipsoid)
+    return tightest(*bounds).lipschitz()

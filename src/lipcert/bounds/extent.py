@@ -169,11 +169,11 @@ def through_map(
     s, size = before.matrix, map.in_size
     if s is None:
         eye = torch.eye(map.out_size).to(before.scale)
-        left = map.adjoint(eye.reshape(-1, *map.out_shape)).flatten(1)
+        left = map.adjoint(eye.reshape(-1, *map.out_shape)).reshape(len(eye), -1)
     else:
-        rows = map.apply(s[:, :size].reshape(-1, *map.in_shape)).flatten(1)
+        rows = map.apply(s[:, :size].reshape(-1, *map.in_shape)).reshape(len(s), -1)
         left = torch.cat([rows, s[:, size:]], 1).mT if passive else rows.mT
-    product = map.apply(left[:, :size].reshape(-1, *map.in_shape)).flatten(1)
+    product = map.apply(left[:, :size].reshape(-1, *map.in_shape)).reshape(len(left), -1)
     if passive:
         product = torch.cat([product, left[:, size:]], 1)
     return normalised(before.scale, product, before.kind, before.failure)
@@ -316,10 +316,10 @@ def through_opaque(before: Extent, op: Lipschitz, size: int, passive: int = 0) -
     s, out = before.matrix, math.prod(op.shape)
     assert s is not None
     inner, across = s[:size, :size], s[:size, size:]
-    one = constant.new_ones(1)
-    added, stretched = out * constant.square()[None], across.square().sum()[None]
-    gain = balanced(Moving(inner, 0 * one, constant[None], added, stretched))
-    left, gains = _raised_factor(inner, gain.expand(size))
+    # One multiplier for all: each entry gets the same share of both weights.
+    half, each = constant.expand(size), constant.new_ones(size) / size
+    added, stretched = out * constant.square() * each, across.square().sum() * each
+    left, gains = _raised_factor(inner, balanced(Moving(inner, 0 * half, half, added, stretched)))
     bent = torch.linalg.solve_triangular(left, across, upper=False)
     ball = torch.diag((gains[0] * constant.square()).expand(out))
     matrix = torch.block_diag(ball, s[size:, size:] + bent.mT @ bent)

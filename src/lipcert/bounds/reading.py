@@ -77,7 +77,7 @@ class Reading:
         size = len(at)
         match n.op:
             case Affine():
-                passed = [self._maps[n].adjoint(at.reshape(size, *n.shape)).flatten(1)]
+                passed = [self._maps[n].adjoint(at.reshape(size, *n.shape)).reshape(size, -1)]
             case Slope():
                 low, high = self._slopes[n]
                 passed = [at * ((low + high) / 2)]

@@ -36,4 +36,4 @@ def matrix_of(map: LinearMap) -> Float[Tensor, "out in"]:
         ):
             return last.weight
     basis = torch.eye(map.out_size).to(map.like)
-    return map.adjoint(basis.reshape(-1, *map.out_shape)).flatten(1)
+    return map.adjoint(basis.reshape(-1, *map.out_shape)).reshape(len(basis), -1)
