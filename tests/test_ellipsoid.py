@@ -117,7 +117,7 @@ def test_it_is_the_matrix_inequality():
         high = low + torch.rand(5) * (torch.rand(5) > 0.3)
         read = [None, torch.randn(2, 5), torch.zeros(2, 5)][trial % 3]
         one = torch.ones(())
-        after = through_slopes(Extent(one, a @ a.mT), low, high, read, balanced)
+        after = through_slopes(Extent(one, a.mT), low, high, read, balanced)
         p = after.scale**2 * after.matrix
         for _ in range(50):
             slopes = low + (high - low) * torch.rand(5).round()
@@ -246,7 +246,7 @@ def test_multipliers_below_the_ellipsoid_are_raised():
     low, high, one = torch.zeros(5), torch.ones(5), torch.ones(())
     for gains in (torch.zeros(5), torch.full((5,), 1e-4), torch.tensor([1e3, 1e-6, 0, 1, 1])):
         for least in (low, low - 0.1):
-            after = through_slopes(Extent(one, a @ a.mT), least, high, None, lambda m, g=gains: g)
+            after = through_slopes(Extent(one, a.mT), least, high, None, lambda m, g=gains: g)
             p = after.scale**2 * after.matrix
             for _ in range(50):
                 slopes = least + (high - least) * torch.rand(5).round()
@@ -261,9 +261,9 @@ def test_dead_neurons_beside_others():
     torch.manual_seed(0)
     a = torch.randn(3, 4)
     high = torch.tensor([1.0, 1.0, 0.0])
-    after = through_slopes(Extent(torch.ones(()), a @ a.mT), torch.zeros(3), high, None, balanced)
+    after = through_slopes(Extent(torch.ones(()), a.mT), torch.zeros(3), high, None, balanced)
     alive = through_slopes(
-        Extent(torch.ones(()), (a @ a.mT)[:2, :2]), torch.zeros(2), high[:2], None, balanced
+        Extent(torch.ones(()), a[:2].mT), torch.zeros(2), high[:2], None, balanced
     )
     assert (after.matrix[2] == 0).all()
     torch.testing.assert_close(after.scale**2 * after.matrix[:2, :2], alive.scale**2 * alive.matrix)
@@ -289,3 +289,34 @@ def test_outputs_without_axes():
 
     bound = lc.Ellipsoid(lc.trace(Gap(), (2,)))
     assert float(bound.lipschitz()) == pytest.approx(2**0.5, rel=1e-6)
+
+
+def almost_equal_neurons(a, b, d, wide):
+    """Two neurons of the same weights, of which only the difference is read."""
+    layers = [nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 2)]
+    net = nn.Sequential(*(layers if wide else [*layers[:2], nn.Linear(2, 2)]))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[a], [a * (1 + d)]]))
+        net[0].bias.copy_(torch.tensor([1.0, -1.0]))
+        row = torch.tensor([b, -b * (1 - d)])
+        if wide:
+            net[2].weight.copy_(row[None])
+            net[4].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        else:
+            net[2].weight.copy_(torch.stack([row, -row]))
+        net[2].bias.zero_()
+    return net
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("d", [0.0, 1e-14, 1e-11, 1e-8, 1e-4])
+@pytest.mark.parametrize("make", [lc.Ellipsoid, lc.Eclipse, lambda g: lc.Multipliers(g, steps=5)])
+def test_what_cancels_keeps_its_digits(make, d, wide, unchecked):
+    """Multipliers near S blow up what the next map cancels; the pattern (1, 0) is the truth."""
+    for a, b in ((2.6, 1.7), (1.0, 1.0), (0.3, 7.1)):
+        net = almost_equal_neurons(a, b, d, wide)
+        bound = make(lc.trace(net, (1,)))
+        with torch.no_grad():
+            found, whole = float(bound().dense()[0, 0, 1]), float(bound.lipschitz())
+        assert found >= 2 * a * b * (1 - 1e-12)
+        assert whole >= 2**0.5 * a * b * (1 - 1e-12)

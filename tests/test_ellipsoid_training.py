@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import lipcert as lc
+from lipcert.layers import MaxMin
 from test_api import jaxtyping_off
 
 
@@ -85,3 +86,52 @@ def test_its_state_is_saved():
 def test_bad_intervals_are_refused(every):
     with pytest.raises(lc.LipcertError, match="every="):
         lc.Ellipsoid(lc.trace(conv_net(), (1, 6, 6)), every=every)
+
+
+def zeroed(layer):
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class Skip(nn.Module):
+    """x + f(x)"""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.inside = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.inside(x)
+
+
+def conv(into=2, stride=1):
+    return nn.Conv2d(into, 2, 3, stride, 1)
+
+
+ZEROS = {  # networks of a common start, with zeros somewhere
+    "branch": lambda: [nn.Linear(4, 4), Skip(nn.ReLU(), zeroed(nn.Linear(4, 4))), nn.ReLU()],
+    "branch of images": lambda: [conv(1), Skip(nn.ReLU(), zeroed(conv())), nn.ReLU(), nn.Flatten()],
+    "first layer": lambda: [zeroed(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 4), nn.ReLU()],
+    "all": lambda: [zeroed(conv(1, 2)), nn.ReLU(), Skip(zeroed(conv()), nn.ReLU(), zeroed(conv())),
+                    nn.ReLU(), nn.Flatten()],
+    "sorted pairs": lambda: [zeroed(conv(1)), MaxMin(), conv(), MaxMin(), nn.Flatten()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZEROS)
+@pytest.mark.parametrize("make", [lc.Ellipsoid, lc.Eclipse])
+def test_zeros_leave_constants_and_gradients_finite(name, make):
+    torch.manual_seed(0)
+    body = nn.Sequential(*ZEROS[name]())
+    shape = (4,) if isinstance(body[0], nn.Linear) else (1, 4, 4)
+    net = nn.Sequential(body, nn.Linear(body(torch.zeros(1, *shape)).shape[1], 3))
+    graph = lc.trace(net, shape)
+    with torch.no_grad():
+        exact = make(graph)()
+        assert exact.dense().isfinite().all()
+        assert lc.Multipliers(graph, steps=2)().dense().isfinite().all()
+        assert (exact.dense() <= lc.Product(graph)().dense() * (1 + 1e-9) + 1e-60).all()
+    K = make(graph, every=1)().dense()
+    K.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())

@@ -48,18 +48,18 @@ class Backwards:
     def __init__(self, facts: Facts, nodes: list[Node]):
         self._facts, self._nodes = facts, nodes
         sweep = Sweep(facts, nodes[-1:], Way(None, False, False))
-        self._before: dict[Node, tuple[Extent, Tensor | None]] = {}
+        self._before: dict[Node, Extent] = {}
         for n in nodes:
             # At other nodes the result is that of one of these.
             if isinstance(n.op, Affine) or n is nodes[-1]:
                 extent = sweep.of(n)
                 assert isinstance(extent, Extent)
-                self._before[n] = extent, extent.factor()
+                self._before[n] = extent
 
     def rows(self, rows: Float[Tensor, "k n"]) -> Constant:
         """A Lipschitz constant of rows of the last node's value."""
         one, kind = self._facts.one, self._facts.kind
-        return self._met(normalised(one, rows.mT @ rows, kind, 0.0))
+        return self._met(normalised(one, rows, kind, 0.0))
 
     def whole(self) -> Constant:
         """A Lipschitz constant of the last node's value."""
@@ -70,7 +70,7 @@ class Backwards:
         facts, found = self._facts, []
         for n in reversed(self._nodes):
             if n in self._before:
-                found.append(_meeting(*self._before[n], at))
+                found.append(_meeting(self._before[n], at))
             if isinstance(n.op, Slope):
                 at = through_slopes(at, *facts.slopes[n], None, facts.gains(n))
             elif n is not self._nodes[0]:
@@ -80,14 +80,14 @@ class Backwards:
         return Constant(torch.stack(found).amin(), facts.kind)
 
 
-def _meeting(before: Extent, factor: Tensor | None, after: Extent) -> Tensor:
-    """The root of the largest eigenvalue of F^T T F, for the factor F of S."""
-    if factor is None:
+def _meeting(before: Extent, after: Extent) -> Tensor:
+    """The norm of Q R^T, for S = R^T R and T = Q^T Q."""
+    if before.root is None:
         return before.scale * after.radius().value
-    if after.matrix is None:
+    if after.root is None:
         return after.scale * before.radius().value
-    seen = factor.mT @ after.matrix @ factor
-    return normalised(before.scale * after.scale, seen, after.kind, 0.0).radius().value
+    met = after.root @ before.root.mT
+    return normalised(before.scale * after.scale, met, after.kind, 0.0).radius().value
 
 
 def lazily(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lipcert.bounds.chain import Backwards, chain, lazily, values_within
 from lipcert.bounds.ellipsoid import Ellipsoid
-from lipcert.bounds.extent import Gains, Moving
+from lipcert.bounds.extent import APART, Gains, Moving
 from lipcert.bounds.margin import MarginConstants, evaluating
 from lipcert.bounds.tail import rows_of, tail
 from lipcert.bounds.tightest import least, tightest_pairs
@@ -28,8 +28,11 @@ def one_number(moving: Moving) -> Float[Tensor, " m"]:
     """
     top = moving.top()
     own = top * moving.middle.abs().max() / moving.half.max()
-    beside = moving.stretched.sum() / moving.added.sum().clamp(min=torch.finfo(top.dtype).tiny)
-    return (top + torch.maximum(own, beside.sqrt())).expand(len(moving.half))
+    apart = torch.maximum(own, APART * top)
+    stretched, added = moving.stretched.sum(), moving.added.sum()
+    if bool((stretched > 0) & (added > 0)):
+        apart = torch.maximum(apart, (stretched / added).sqrt())
+    return (top + apart).expand(len(moving.half))
 
 
 class Eclipse(Ellipsoid):

@@ -240,9 +240,8 @@ def ends_of(parts: Seen) -> list[End]:
     """The last step of a bound for what the logits see of a sweep."""
     ends = []
     for extent, rows in parts:
-        factor = extent.factor()
         reached = Constant(extent.scale, extent.kind, extent.failure)
-        ends.append(End(reached, rows if factor is None else rows @ factor))
+        ends.append(End(reached, rows if extent.root is None else rows @ extent.root.mT))
     return ends
 
 

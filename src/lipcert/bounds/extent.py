@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
+from lipcert.bounds.tail import matrix_of
 from lipcert.graph import Expansion, Lipschitz
 from lipcert.kinds import Constant, Kind, weakest
 from lipcert.linear_kinds import Index
@@ -38,41 +39,43 @@ that is taken linear, they may read of the network itself."""
 
 @dataclass(frozen=True)
 class Extent:
-    """S = scale^2 * matrix, or scale^2 * identity where there is no matrix.
+    """S = scale^2 R^T R, or scale^2 * identity where there is no R.
+
+    Roots keep all digits where the next map cancels what is large: in S itself half would be lost.
 
     Attributes:
-        scale: A number, of the precision of the matrix.
-        matrix: Its largest entry is about 1.
+        scale: A number, of the precision of the root.
+        root: R; its largest entry is about 1.
         kind: What S claims.
         failure: Probability that the claim is false.
     """
 
     scale: Tensor
-    matrix: Float[Tensor, "n n"] | None = None
+    root: Float[Tensor, "m n"] | None = None
     kind: Kind = Kind.UPPER
     failure: float = 0.0
 
+    @property
+    def matrix(self) -> Float[Tensor, "n n"] | None:
+        """R^T R, or None."""
+        return None if self.root is None else self.root.mT @ self.root
+
     def chosen(self, index: Int[Tensor, " k"]) -> "Extent":
         """That of some of the entries; an entry may be named twice."""
-        if self.matrix is None:
-            matrix = (index[:, None] == index).to(self.scale)
+        if self.root is None:
+            root = (torch.arange(int(index.max()) + 1)[:, None] == index).to(self.scale)
         else:
-            index = index.to(self.matrix.device)
-            matrix = self.matrix[index][:, index]
-        return dataclasses.replace(self, matrix=matrix)
+            root = self.root[:, index.to(self.root.device)]
+        return dataclasses.replace(self, root=root)
 
     def radius(self) -> Constant:
         """A Lipschitz constant of the node: the longest half axis."""
         value = self.scale
-        if self.matrix is not None:
-            value = value * largest_eigenvalue(self.matrix).clamp(min=0).sqrt()
+        if self.root is not None:
+            # Of the smaller Gram matrix of the two.
+            root = self.root if len(self.root) >= self.root.shape[1] else self.root.mT
+            value = value * square_root(largest_eigenvalue(root.mT @ root))
         return Constant(value, self.kind, self.failure)
-
-    def factor(self) -> Float[Tensor, "n n"] | None:
-        """F with S <= scale^2 F F^T, None for the identity."""
-        if self.matrix is None:
-            return None
-        return root(self.matrix).mT
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,16 @@ class Moving:
         return largest_eigenvalue(self.matrices).clamp(min=0)
 
 
+APART = 1e-6
+"""By how much of the largest eigenvalue multipliers are above it at least: nearer, P is huge."""
+
 Gains = Callable[[Moving], Tensor]
 """Gives G, one number a neuron; raised afterwards as far as rounding asks for."""
 
 
 def balanced(moving: Moving) -> Float[Tensor, " m"]:
     """g_i = top + sqrt(b_i / a_i), which minimises a bound of tr(V P V^T)."""
-    top, b, a = moving.top(), _floored(moving.stretched), _floored(moving.added)
+    top, b, a = moving.top() * (1 + APART), _floored(moving.stretched), _floored(moving.added)
     return top + (b / a).sqrt() if bool(((b > 0) & (a > 0)).all()) else top.expand(len(a))
 
 
@@ -130,22 +136,28 @@ def largest_eigenvalue(
     return values[where] + seen - seen.detach()
 
 
-def normalised(scale: Tensor, matrix: Tensor, kind: Kind, failure: float) -> Extent:
-    """The ellipsoid of scale^2 * matrix, its matrix brought to entries of about 1.
+def square_root(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The root, 0 with a gradient of 0 where the value is not above 0; NaN stays."""
+    positive = ~(value <= 0)
+    return value.where(positive, 1).sqrt().where(positive, 0)
 
-    A matrix that is not finite becomes a ball without a radius: eigenvalues of it raise errors.
+
+def normalised(scale: Tensor, root: Tensor, kind: Kind, failure: float) -> Extent:
+    """The ellipsoid of scale^2 R^T R, its root brought to entries of about 1.
+
+    One that is not finite becomes zeros of a scale that is none: eigenvalues of it raise errors.
     """
-    power = power_of_two(matrix)
+    power = power_of_two(root)
     if not power.isfinite():
-        return Extent(scale * torch.nan, None, kind, failure)
-    return Extent(scale * power.sqrt(), (matrix + matrix.mT) / (2 * power), kind, failure)
+        return Extent(scale * torch.nan, torch.zeros_like(root), kind, failure)
+    return Extent(scale * power, root / power, kind, failure)
 
 
-def power_of_two(matrices: Tensor) -> Tensor:
-    """About the largest entry: a power of two, so that nothing is rounded; even, as its root is."""
-    numbers = matrices.detach()
+def power_of_two(numbers: Tensor) -> Tensor:
+    """About the size of the largest entry, a power of two, so that nothing is rounded."""
+    numbers = numbers.detach()
     largest = (torch.view_as_real(numbers) if numbers.is_complex() else numbers).abs().max()
-    return 4.0 ** torch.floor(torch.log2(largest.where(largest != 0, 1)) / 2)
+    return 2.0 ** torch.floor(torch.log2(largest.where(largest != 0, 1)))
 
 
 def through_map(
@@ -166,17 +178,13 @@ def through_map(
         kind = weakest((norm.kind, before.kind))
         failure = min(1.0, norm.failure + before.failure)
         return Extent(longest.value * norm.value.to(longest.value), None, kind, failure)
-    s, size = before.matrix, map.in_size
-    if s is None:
-        eye = torch.eye(map.out_size).to(before.scale)
-        left = map.adjoint(eye.reshape(-1, *map.out_shape)).reshape(len(eye), -1)
+    root, size = before.root, map.in_size
+    if root is None:
+        carried = matrix_of(map).to(before.scale).mT
     else:
-        rows = map.apply(s[:, :size].reshape(-1, *map.in_shape)).reshape(len(s), -1)
-        left = torch.cat([rows, s[:, size:]], 1).mT if passive else rows.mT
-    product = map.apply(left[:, :size].reshape(-1, *map.in_shape)).reshape(len(left), -1)
-    if passive:
-        product = torch.cat([product, left[:, size:]], 1)
-    return normalised(before.scale, product, before.kind, before.failure)
+        carried = map.apply(root[:, :size].reshape(-1, *map.in_shape)).reshape(len(root), -1)
+        carried = torch.cat([carried, root[:, size:]], 1)
+    return normalised(before.scale, carried, before.kind, before.failure)
 
 
 def through_slopes(
@@ -195,11 +203,11 @@ def through_slopes(
         read: Rows that later layers read of the output; None if not known.
         gains: Chooses the multipliers.
     """
-    if before.matrix is None:
+    if before.root is None:
         steepest = torch.maximum(high.abs(), low.abs()).max()
         return Extent(before.scale * steepest, None, before.kind, before.failure)
-    s, c, r = before.matrix, (low + high) / 2, (high - low) / 2
-    found = None
+    c, r = (low + high) / 2, (high - low) / 2
+    root, s, found = before.root, before.root.mT @ before.root, None
     if bool((r > 0).any()):
         moving = (r > 0).nonzero()[:, 0]
         spread = s[:, moving]
@@ -210,70 +218,58 @@ def through_slopes(
             added = r[moving].square() * read[:, moving].square().sum(0)
             stretched = ((read * c) @ spread).square().sum(0)
         found = gains(Moving(spread[moving], c[moving], r[moving], added, stretched))
-    return normalised(before.scale, stepped(s, c, r, found), before.kind, before.failure)
+    return normalised(before.scale, stepped(root, s, c, r, found), before.kind, before.failure)
 
 
 def stepped(
+    root: Float[Tensor, "*f k n"] | Complex[Tensor, "*f k n"],
     s: Float[Tensor, "*f n n"] | Complex[Tensor, "*f n n"],
     c: Float[Tensor, " n"],
     r: Float[Tensor, " n"],
     gains: Float[Tensor, " m"] | None,
 ) -> Tensor:
-    """P = G r^2 + c [S + S (G - S)^-1 S] c, the matrices of one or of many frequencies.
+    """The root of P = G r^2 + c [S + S (G - S)^-1 S] c, of one or of many frequencies.
 
     Args:
-        s: S.
+        root: R.
+        s: S = R^H R.
         c: The middle slopes.
         r: Half the ranges of the slopes.
         gains: G on the neurons with r > 0, raised here as far as rounding asks for; None if there
             are no such neurons.
     """
     if gains is None:
-        return c[:, None] * s * c
-    if _from_zero(c, r):
-        root = roots_stepped(s, c, r, gains)
-        return root.mH @ root
-    moving = (r > 0).nonzero()[:, 0]
-    spread = s[..., moving]
-    left, gains = _raised_factor(spread[..., moving, :], gains)
-    bent = torch.linalg.solve_triangular(left, (spread * c[:, None]).mH, upper=False)
-    noise = torch.zeros_like(c).index_add(0, moving, gains * r[moving].square())
-    return c[:, None] * s * c + bent.mH @ bent + torch.diag(noise)
-
-
-def roots_stepped(
-    s: Float[Tensor, "*f n n"] | Complex[Tensor, "*f n n"],
-    c: Float[Tensor, " n"],
-    r: Float[Tensor, " n"],
-    gains: Float[Tensor, " m"],
-) -> Tensor:
-    """R with R^H R >= P, see `stepped`."""
+        return root * c
     if _from_zero(c, r):  # P = c G (G - S)^-1 G c
         left, gains = _raised_factor(s, gains)
         right = torch.diag((gains * c).to(s)).expand_as(s)
         return torch.linalg.solve_triangular(left, right, upper=False)
-    return root(stepped(s, c, r, gains))
+    moving = (r > 0).nonzero()[:, 0]
+    spread = s[..., moving]
+    left, gains = _raised_factor(spread[..., moving, :], gains)
+    bent = torch.linalg.solve_triangular(left, (spread * c[:, None]).mH, upper=False)
+    noise = torch.diag(gains.sqrt() * r[moving]).to(s)
+    noise = torch.zeros(len(moving), len(c)).to(s).index_add(1, moving, noise)
+    found = torch.cat([root * c, bent, noise.expand(*bent.shape[:-2], -1, -1)], -2)
+    return found if found.shape[-2] <= 4 * len(c) else _fewer_rows(found)
+
+
+def _fewer_rows(root: Float[Tensor, "*f k n"] | Complex[Tensor, "*f k n"]) -> Tensor:
+    """R with as many rows as columns, above the given one by no more than rounding asks for."""
+    matrices, size = root.mH @ root, root.shape[-1]
+    eps, tiny = (getattr(torch.finfo(root.dtype), name) for name in ("eps", "tiny"))
+    largest = matrices.detach().diagonal(dim1=-2, dim2=-1).real.amax().clamp(min=0)
+    noise, eye = 4 * size * eps * largest + tiny**0.5, torch.eye(size).to(matrices)
+    while True:
+        left, info = torch.linalg.cholesky_ex(matrices + noise * eye)
+        if not bool(info.any()) or not bool(noise.isfinite()):
+            return left.mH
+        noise = 16 * noise
 
 
 def _from_zero(c: Float[Tensor, " n"], r: Float[Tensor, " n"]) -> bool:
     """Whether every neuron has slopes from 0 on to some other number."""
     return bool(((c.abs() == r) & (r > 0)).all())
-
-
-def root(matrices: Float[Tensor, "*f n n"] | Complex[Tensor, "*f n n"]) -> Tensor:
-    """R with R^H R >= M, above by no more than rounding asks for; of no use where M is not finite.
-
-    A Cholesky factor has a gradient also where eigenvalues are equal.
-    """
-    size = matrices.shape[-1]
-    largest = matrices.detach().diagonal(dim1=-2, dim2=-1).real.amax().clamp(min=0)
-    tiny = torch.finfo(largest.dtype).tiny ** 0.5  # so that zero has a root
-    noise, eye = size * torch.finfo(largest.dtype).eps * largest + tiny, torch.eye(size)
-    while True:
-        left, info = torch.linalg.cholesky_ex(matrices + noise * eye.to(matrices))
-        if not bool(info.any()) or not bool(noise.isfinite()):
-            return left.mH
-        noise = 16 * noise
 
 
 def _raised_factor(
@@ -283,18 +279,23 @@ def _raised_factor(
 
     Where they are far from above S, all are raised to its largest eigenvalue.
     """
-    margin = 16 * len(gains) * torch.finfo(gains.dtype).eps
-    while True:
-        raised = gains * (1 + margin) + torch.finfo(gains.dtype).tiny
-        left, info = torch.linalg.cholesky_ex(torch.diag(raised) - inner)
-        if not bool(info.any()) or not bool(gains.isfinite().all()):
-            return left, raised
-        if margin > 1:
-            top = largest_eigenvalue(inner)
-            gains, margin = torch.maximum(gains, top), 16 * len(gains) * torch.finfo(top.dtype).eps
-            if not top.isfinite():
-                return torch.full_like(left, torch.nan), raised
-        margin *= 16
+    least = 16 * len(gains) * torch.finfo(gains.dtype).eps
+    tiny = torch.finfo(gains.dtype).tiny ** 0.5  # so that zero has a factor
+    for chosen in (gains, None):
+        # In the second round, above S whatever was chosen.
+        start = chosen if chosen is not None else torch.maximum(gains, largest_eigenvalue(inner))
+        margin = least
+        while margin < 16:
+            raised = start * (1 + margin) + tiny
+            # Half of the margin is for what the sum and the factor themselves round.
+            lowered = torch.diag(raised / (1 + margin / 2)) - inner
+            left, info = torch.linalg.cholesky_ex(lowered)
+            if not bool(info.any()):
+                return left, raised
+            if not bool(start.isfinite().all()):
+                break
+            margin *= 16
+    return torch.full_like(inner, torch.nan), gains
 
 
 def through_opaque(before: Extent, op: Lipschitz, size: int, passive: int = 0) -> Extent:
@@ -313,17 +314,18 @@ def through_opaque(before: Extent, op: Lipschitz, size: int, passive: int = 0) -
     kind = weakest((op.kind, before.kind))
     if not passive:
         return Extent(constant * before.radius().value, None, kind, before.failure)
-    s, out = before.matrix, math.prod(op.shape)
-    assert s is not None
+    root, out = before.root, math.prod(op.shape)
+    assert root is not None
+    s = root.mT @ root
     inner, across = s[:size, :size], s[:size, size:]
     # One multiplier for all: each entry gets the same share of both weights.
     half, each = constant.expand(size), constant.new_ones(size) / size
     added, stretched = out * constant.square() * each, across.square().sum() * each
     left, gains = _raised_factor(inner, balanced(Moving(inner, 0 * half, half, added, stretched)))
     bent = torch.linalg.solve_triangular(left, across, upper=False)
-    ball = torch.diag((gains[0] * constant.square()).expand(out))
-    matrix = torch.block_diag(ball, s[size:, size:] + bent.mT @ bent)
-    return normalised(before.scale, matrix, kind, before.failure)
+    ball = torch.diag((gains[0].sqrt() * constant).expand(out))
+    found = torch.block_diag(ball, torch.cat([root[:, size:], bent]))
+    return normalised(before.scale, found, kind, before.failure)
 
 
 def through_expansion(

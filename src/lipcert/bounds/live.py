@@ -57,29 +57,26 @@ def size(n: Node) -> int:
 
 def summed(before: Extent, entries: int, terms: int) -> Extent:
     """The sum of the first nodes of an ellipsoid, all of one size; the others behind it stay."""
-    s = _matrix(before, entries * terms)
-
-    def over(rows: Tensor) -> Tensor:
-        first = rows[:, : entries * terms].unflatten(1, (terms, entries)).sum(1)
-        return torch.cat([first, rows[:, entries * terms :]], 1)
-
-    return normalised(before.scale, over(over(s).mT), before.kind, before.failure)
+    root = _root(before, entries * terms)
+    first = root[:, : entries * terms].unflatten(1, (terms, entries)).sum(1)
+    found = torch.cat([first, root[:, entries * terms :]], 1)
+    return normalised(before.scale, found, before.kind, before.failure)
 
 
 def stacked(parts: Sequence[Extent], sizes: Sequence[int]) -> Extent:
     """One ellipsoid of several, of which is not known how they go together."""
-    scale, matrices, shares = _shared(parts, sizes)
-    blocks = [m / t for m, t in zip(matrices, shares, strict=True)]
+    largest = torch.stack([p.scale.detach() for p in parts]).max()
+    scale = largest.where(largest > 0, 1)
+    roots = [_root(p, n) * (p.scale / scale) for p, n in zip(parts, sizes, strict=True)]
+    shares = shares_of([root.detach().square().sum() for root in roots])
+    blocks = [root / share.sqrt() for root, share in zip(roots, shares, strict=True)]
     kind, failure = weakest(p.kind for p in parts), min(1.0, sum(p.failure for p in parts))
     return normalised(scale, torch.block_diag(*blocks), kind, failure)
 
 
 def together(parts: Sequence[Extent], entries: int) -> Extent:
     """The sum of several of one size, of which is not known how they go together."""
-    scale, matrices, shares = _shared(parts, [entries] * len(parts))
-    total = torch.stack([m / t for m, t in zip(matrices, shares, strict=True)]).sum(0)
-    kind, failure = weakest(p.kind for p in parts), min(1.0, sum(p.failure for p in parts))
-    return normalised(scale, total, kind, failure)
+    return summed(stacked(parts, [entries] * len(parts)), entries, len(parts))
 
 
 def joined_balls(parts: Sequence[Extent], adding: bool) -> Extent:
@@ -90,17 +87,5 @@ def joined_balls(parts: Sequence[Extent], adding: bool) -> Extent:
     return Extent(value, None, kind, failure)
 
 
-def _shared(
-    parts: Sequence[Extent], sizes: Sequence[int]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Matrices of one scale, and shares that minimise the trace of what they are joined to."""
-    largest = torch.stack([p.scale.detach() for p in parts]).max()
-    scale = largest.where(largest > 0, 1)
-    matrices = [
-        _matrix(p, n) * (p.scale / scale).square() for p, n in zip(parts, sizes, strict=True)
-    ]
-    return scale, matrices, shares_of([m.detach().trace() for m in matrices])
-
-
-def _matrix(part: Extent, entries: int) -> Tensor:
-    return torch.eye(entries).to(part.scale) if part.matrix is None else part.matrix
+def _root(part: Extent, entries: int) -> Tensor:
+    return torch.eye(entries).to(part.scale) if part.root is None else part.root

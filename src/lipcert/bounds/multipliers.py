@@ -12,7 +12,14 @@ from lipcert.bounds.chain import lazily
 from lipcert.bounds.eclipse import one_number
 from lipcert.bounds.ellipsoid import Ellipsoid, Seen, ends_of, seen
 from lipcert.bounds.ends import margins, single_logits
-from lipcert.bounds.extent import Extent, Gains, Moving, balanced, largest_eigenvalue
+from lipcert.bounds.extent import (
+    APART,
+    Extent,
+    Gains,
+    Moving,
+    balanced,
+    largest_eigenvalue,
+)
 from lipcert.bounds.margin import MarginConstants, evaluating
 from lipcert.bounds.sweep import Sweep
 from lipcert.bounds.tail import tail
@@ -206,7 +213,7 @@ class _Moved:
                 self.numbers.append(torch.zeros_like(first).requires_grad_())
         above, *each = self.numbers
         axes = self._first * each[0].exp() if each else self._first
-        return (1 + above.exp()) * _largest_ratio(moving, axes) * axes
+        return (1 + above.exp().clamp(min=APART)) * _largest_ratio(moving, axes) * axes
 
 
 def _largest_ratio(moving: Moving, axes: Float[Tensor, " m"]) -> Float[Tensor, ""]:
@@ -232,7 +239,8 @@ def _singles(parts: Seen) -> Float[Tensor, " c"]:
 
 
 def _gram(extent: Extent, rows: Float[Tensor, "c n"]) -> Float[Tensor, "c c"]:
-    return (rows if extent.matrix is None else rows @ extent.matrix) @ rows.mT
+    rows = rows if extent.root is None else rows @ extent.root.mT
+    return rows @ rows.mT
 
 
 def _root(squares: Tensor) -> Tensor:

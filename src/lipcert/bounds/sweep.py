@@ -220,7 +220,7 @@ class Sweep:
                 low, high = (torch.cat([s, facts.one.expand(passive)]) for s in facts.slopes[n])
                 return through_slopes(before, low, high, read, facts.gains(n))
             case Lipschitz(expansion=Expansion() as e) if (
-                self._way.expand and before.matrix is not None
+                self._way.expand and before.root is not None
             ):
                 return through_expansion(before, e, read, facts.gains(n), passive)
             case Lipschitz() as op:
@@ -234,7 +234,7 @@ class Sweep:
         """A sum or a concatenation of nodes of which is not known how they go together."""
         adding = not isinstance(n.op, Concat)
         small = size(n) <= self.facts.largest
-        if not small or all(p.matrix is None for p in parts):
+        if not small or all(p.root is None for p in parts):
             return joined_balls(parts, adding)
         if adding:
             return together(parts, size(n))

@@ -29,8 +29,9 @@ from lipcert.bounds.extent import (
     largest_eigenvalue,
     normalised,
     power_of_two,
-    roots_stepped,
     shares_of,
+    square_root,
+    stepped,
 )
 from lipcert.bounds.tail import matrix_of
 from lipcert.convolution import Conv
@@ -68,8 +69,8 @@ class Waves:
 
     def radius(self) -> Constant:
         """A Lipschitz constant of the node: the longest half axis."""
-        top = largest_eigenvalue(self.matrices()).clamp(min=0)
-        return Constant(self.scale * top.sqrt(), self.kind)
+        top = square_root(largest_eigenvalue(self.matrices()))
+        return Constant(self.scale * top, self.kind)
 
     def ball(self) -> Extent:
         """The ball around it."""
@@ -81,7 +82,7 @@ class Waves:
         rows, power = _unit(rows)
         seen = self.transformed(rows.reshape(-1, *map.in_shape)) @ self.roots.mT
         seen = torch.view_as_real((seen * self.weights().sqrt()).movedim(-2, 0)).flatten(1)
-        return normalised(self.scale * power, seen @ seen.mT, self.kind, 0.0)
+        return normalised(self.scale * power, seen.mT, self.kind, 0.0)
 
     def transformed(self, images: Float[Tensor, "k c *cells"]) -> Complex[Tensor, "f folds k c"]:
         """The Fourier coefficients of images that are zero on the rest of the grid."""
@@ -161,9 +162,9 @@ def through_cut(
         gains: Chooses the multipliers.
     """
     s, c, r = before.matrices(), (low + high) / 2, (high - low) / 2
-    power = power_of_two(s.detach().diagonal(dim1=-2, dim2=-1))
+    power = power_of_two(s.detach().diagonal(dim1=-2, dim2=-1).real.sqrt())
     power = power.where(power.isfinite(), 1)
-    s, scale, found = s / power, before.scale * power.sqrt(), None
+    s, scale, found = s / power.square(), before.scale * power, None
     if bool((r > 0).any()):
         moving = (r > 0).nonzero()[:, 0]
         spread = s if len(moving) == len(c) else s[..., moving]
@@ -178,7 +179,7 @@ def through_cut(
             stretched = (rows.conj() * c) @ spread
         stretched = (_squares(stretched) * before.weights()).sum((0, 1, 2))
         found = gains(Moving(inner, c[moving], r[moving], added, stretched))
-    roots = before.roots * (c / power.sqrt()) if found is None else roots_stepped(s, c, r, found)
+    roots = stepped(before.roots / power, s, c, r, found)
     return dataclasses.replace(before, scale=scale, roots=roots)
 
 
