@@ -31,14 +31,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Eps = Annotated[
     list[str] | None, typer.Option(metavar="RADIUS", help="L2 radius, e.g. 36/255; repeatable.")
 ]
-Bound = Annotated[
-    str,
-    typer.Option(
-        help="Which bound: auto (the tightest of product, liplt and ellipsoid where cheap), "
-        "product, liplt, ellipsoid, eclipse, multipliers (a search), tight (all of these); around "
-        "each sample too: local-product, local-liplt, local-ellipsoid."
-    ),
-]
+_NAMES = (
+    "auto (the tightest of product, liplt and ellipsoid where cheap), product, liplt, ellipsoid, "
+    "eclipse, multipliers (a search), tight (all of these); around each sample too: local-product, "
+    "local-liplt, local-ellipsoid."
+)
+Bound = Annotated[str, typer.Option(help=f"Which bound: {_NAMES}")]
 
 
 def _version(wanted: bool | None) -> None:
@@ -118,7 +116,8 @@ def bound(
         str | None, typer.Option(metavar="C,H,W", help="One sample's shape, for MODULE:FUNCTION.")
     ] = None,
     bounds: Annotated[
-        list[str] | None, typer.Option("--bound", help="Which bounds; repeatable [those of auto].")
+        list[str] | None,
+        typer.Option("--bound", help=f"Which; repeatable [those of auto]: {_NAMES}"),
     ] = None,
     eps: Annotated[
         str | None,
