@@ -65,7 +65,7 @@ class Index(LinearMap):
             return x.reshape(-1, *self.out_shape)
         source = self.source.to(x.device)
         padded = torch.cat(
-            [x.reshape(len(x), -1), x.new_zeros(len(x), 1)], 1
+            [x.reshape(len(x), self.in_size), x.new_zeros(len(x), 1)], 1
         )  # position -1 is the zero
         return padded[:, source.flatten()].reshape(-1, *self.out_shape)
 
@@ -73,7 +73,9 @@ class Index(LinearMap):
         if self.is_reshape:
             return y.reshape(-1, *self.in_shape)
         source = self.source.to(y.device).flatten() % (self.in_size + 1)
-        sums = y.new_zeros(len(y), self.in_size + 1).index_add(1, source, y.reshape(len(y), -1))
+        sums = y.new_zeros(len(y), self.in_size + 1).index_add(
+            1, source, y.reshape(len(y), self.out_size)
+        )
         return sums[:, :-1].reshape(-1, *self.in_shape)
 
     def magnitude(self) -> LinearMap:

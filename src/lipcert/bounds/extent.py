@@ -102,7 +102,7 @@ class Moving:
         return largest_eigenvalue(self.matrices).clamp(min=0)
 
 
-APART = 1e-6
+APART = 1e-9
 """By how much of the largest eigenvalue multipliers are above it at least: nearer, P is huge."""
 
 Gains = Callable[[Moving], Tensor]
