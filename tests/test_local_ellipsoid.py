@@ -17,6 +17,7 @@ from lipcert.bounds.local_extent import LocalExtent, stacked, through_slopes, to
 from lipcert.graph import Affine, Concat, Lipschitz, Slope, Sum
 from lipcert.kinds import Constant, Kind
 from oracles import jacobians
+from test_ellipsoid import almost_equal_neurons
 
 # A chain of all kinds of slopes, and all kinds of nodes; the rest of EVERY has no other paths.
 FEW = [
@@ -248,12 +249,12 @@ def test_any_multiplier_above_s_is_true():
         high = low + torch.rand(2, n) * (torch.rand(2, n) < 0.6)
         read = None if trial % 3 == 0 else torch.randn(2, 3, n) * (torch.rand(n) < 0.5)
         scale = torch.tensor([1e-160, 1e160])
-        after = through_slopes(LocalExtent(scale, root @ root.mT), low, high, read, True)
+        after = through_slopes(LocalExtent(scale, root.mT), low, high, read, True)
         dz = torch.nn.functional.normalize(torch.randn(500, 2, root.shape[2]), dim=2)
         dz = (root @ dz[..., None])[..., 0]
         worst = torch.where(torch.rand(500, 2, n) < 0.5, low, high) * dz
         # dy dy^T <= S: the change is in the image of S, and dy^T S^+ dy <= 1.
-        values, vectors = torch.linalg.eigh(after.matrix)
+        values, vectors = torch.linalg.eigh(after.root.mT @ after.root)
         ratio = (after.scale / scale).square()[:, None]
         along = (vectors.mT @ worst[..., None])[..., 0].square()
         assert (along / (ratio * values.clamp(min=1e-13))).sum(-1).max() <= 1 + 1e-6
@@ -435,13 +436,13 @@ def test_what_adds_and_stacks_holds_the_worst_that_can_be():
     for first, second in ((a, b), (a, a), (a, turn), (turn, b)):
         parts, whole = [], []
         for s, m in zip(scales, (first, second), strict=True):
-            parts.append(LocalExtent(s, None if m is turn else m @ m.mT))
+            parts.append(LocalExtent(s, None if m is turn else m.mT))
             whole.append(s[:, None, None] * m)
         for extent, m in (
             (together(parts), whole[0] + whole[1]),
             (stacked(parts, [5, 5], True), torch.cat(whole, 1)),
         ):
-            gap = extent.scale.square()[:, None, None] * extent.matrix - m @ m.mT
+            gap = extent.scale.square()[:, None, None] * (extent.root.mT @ extent.root) - m @ m.mT
             least = torch.linalg.eigvalsh(gap)[:, 0]
             assert (least >= -1e-12 * extent.radius().square()).all()
             assert (extent.radius() >= torch.linalg.matrix_norm(m, 2) * (1 - 1e-12)).all()
@@ -477,6 +478,24 @@ def test_weights_that_are_nan_or_far_too_large_prove_nothing():
         net[2].weight.data[3, 4] = value
         found = around(graph, x, 0.5).constants(graph.output, True).value
         assert not (found < 1e290).any()
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("d", [0.0, 1e-14, 1e-11, 1e-8, 1e-4])
+def test_what_cancels_keeps_its_digits(d, wide):
+    """The two kinks of the net lie in the ball: the difference of the neurons is all that is read.
+
+    The squares of entries that cancel have half of their digits.
+    """
+    for a, b in ((2.6, 1.7), (1.0, 1.0), (0.3, 7.1)):
+        net = almost_equal_neurons(a, b, d, wide)
+        bound = lc.Ellipsoid(lc.trace(net, (1,)), region=lc.L2Ball(1.5 / a))
+        kink = torch.tensor([[-1 / a]])  # from here on the first neuron moves, the second does not
+        with torch.no_grad():
+            found = float(bound(kink).row(torch.tensor([0]))[0, 1])
+            whole = float(bound.lipschitz(torch.zeros(1, 1)).value)
+        assert found >= 2 * a * b * (1 - 1e-12)
+        assert whole >= 2**0.5 * a * b * (1 - 1e-12)
 
 
 def test_zero_weights_give_zero():

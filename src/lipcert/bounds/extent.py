@@ -251,20 +251,21 @@ def stepped(
     noise = torch.diag(gains.sqrt() * r[moving]).to(s)
     noise = torch.zeros(len(moving), len(c)).to(s).index_add(1, moving, noise)
     found = torch.cat([root * c, bent, noise.expand(*bent.shape[:-2], -1, -1)], -2)
-    return found if found.shape[-2] <= 4 * len(c) else _fewer_rows(found)
+    return found if found.shape[-2] <= 4 * len(c) else fewer_rows(found)
 
 
-def _fewer_rows(root: Float[Tensor, "*f k n"] | Complex[Tensor, "*f k n"]) -> Tensor:
+def fewer_rows(root: Float[Tensor, "*f k n"] | Complex[Tensor, "*f k n"]) -> Tensor:
     """R with as many rows as columns, above the given one by no more than rounding asks for."""
+    zero = (root == 0).flatten(-2).all(-1)[..., None, None]
     matrices, size = root.mH @ root, root.shape[-1]
     eps, tiny = (getattr(torch.finfo(root.dtype), name) for name in ("eps", "tiny"))
-    largest = matrices.detach().diagonal(dim1=-2, dim2=-1).real.amax().clamp(min=0)
+    largest = matrices.detach().diagonal(dim1=-2, dim2=-1).real.amax(-1).clamp(min=0)
     noise, eye = 4 * size * eps * largest + tiny**0.5, torch.eye(size).to(matrices)
     while True:
-        left, info = torch.linalg.cholesky_ex(matrices + noise * eye)
-        if not bool(info.any()) or not bool(noise.isfinite()):
-            return left.mH
-        noise = 16 * noise
+        left, info = torch.linalg.cholesky_ex(matrices + noise[..., None, None] * eye)
+        if not bool(info.any()) or not bool(noise.isfinite().all()):
+            return left.mH.masked_fill(zero, 0)
+        noise = torch.where(info > 0, 16 * noise, noise)
 
 
 def _from_zero(c: Float[Tensor, " n"], r: Float[Tensor, " n"]) -> bool:

@@ -182,7 +182,7 @@ class _Part:
     def ends(
         self, terms: list[tuple[Tensor, Node]], anchored: bool
     ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """For orthonormal columns Q at nodes: F with Q^T S Q <= F F^T, and a root of a bound of S.
+        """For orthonormal columns Q at nodes: F with Q^T S Q = F F^T, and a root of a bound of S.
 
         None twice where a node has no matrix. The radii of the nodes are found as well.
         """
@@ -191,12 +191,12 @@ class _Part:
         for basis, source in terms:
             extent = swept[source]
             self._radii[source, anchored] = extent.radius()
-            if extent.matrix is None:
+            if extent.root is None:
                 found.append((None, None))
                 continue
-            factor = extent.scale[:, None, None] * _root(basis.mT @ extent.matrix @ basis)
-            trace = extent.matrix.diagonal(dim1=1, dim2=2).sum(1).clamp(min=0)
-            found.append((factor, extent.scale * trace.sqrt()))
+            factor = extent.scale[:, None, None] * (extent.root @ basis).mT
+            whole = torch.linalg.vector_norm(extent.root.flatten(1), dim=1)
+            found.append((factor, extent.scale * whole))
         return found
 
     def _sweep(self, targets: list[Node], anchored: bool) -> dict[Node, LocalExtent]:
@@ -217,7 +217,7 @@ class _Part:
                 continue
             live[n] = extent = self._step(n, [live[i] for i in n.inputs], anchored)
             self._entries[n, anchored] = extent.entries()
-            if extent.matrix is None:
+            if extent.root is None:
                 self._radii[n, anchored] = extent.scale
             if anchored:
                 self.around.box(n)
@@ -309,10 +309,3 @@ def _basis(rows: Float[Tensor, "classes n"]) -> Float[Tensor, "n k"]:
     """Orthonormal columns that span the rows."""
     largest = rows.abs().max()
     return torch.linalg.qr(rows.mT / largest.where(largest > 0, 1))[0]
-
-
-def _root(matrices: Float[Tensor, "b k k"]) -> Float[Tensor, "b k k"]:
-    """F with S <= F F^T."""
-    values, vectors = torch.linalg.eigh((matrices + matrices.mT) / 2)
-    slack = values.shape[1] * torch.finfo(values.dtype).eps * values[:, -1:].clamp(min=0)
-    return vectors * (values.clamp(min=0) + slack).sqrt()[:, None]

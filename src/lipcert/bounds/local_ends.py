@@ -58,12 +58,12 @@ class EllipsoidEnd(LocalEnd):
 
     Attributes:
         basis: Orthonormal columns Q that span the rows.
-        factor: F with Q^T S Q <= F F^T for each sample.
+        factor: F with Q^T S Q = F F^T for each sample.
         rest: A root of a number above S for each sample: for what rounding leaves outside of Q.
     """
 
     basis: Float[Tensor, "n k"]
-    factor: Float[Tensor, "b k k"]
+    factor: Float[Tensor, "b k m"]
     rest: Float[Tensor, " b"]
 
     def constants(self, vectors: Float[Tensor, "b classes n"]) -> Float[Tensor, "b classes"]:

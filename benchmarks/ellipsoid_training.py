@@ -1,12 +1,12 @@
-"""Training with each bound on MNIST: same network, loss, seed and processor time.
+"""Training with each bound: same network, loss, seed and processor time.
 
-Every training gets as many epochs as fit into the same processor time on one core, measured before
-it starts. All nets are certified with the tightest of all bounds, so the figures compare trainings
-and not certificates. Resumes where it was stopped; several processes may share the folder, each
-with its own --net or --seed.
+Every training gets as many epochs as fit into the same processor time on one core, measured once
+for a network and a bound. All nets are certified with the tightest of all bounds, so the figures
+compare trainings and not certificates. Resumes where it was stopped; several processes may share
+the folder, each with its own --net or --seed.
 
-    python benchmarks/ellipsoid_mnist.py train --data DIR --out DIR --net lmt --seed 0
-    python benchmarks/ellipsoid_mnist.py table --data DIR --out DIR
+    python benchmarks/ellipsoid_training.py train --data DIR --out DIR --net lmt --seed 0
+    python benchmarks/ellipsoid_training.py table --data DIR --out DIR --set mnist
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,23 +25,44 @@ from common import RESULTS, save
 
 import lipcert as lc
 from lipcert import models, recipes
+from lipcert.augment import random_flip
 from lipcert.data import Dataset, Split
+from lipcert.radii import parse_radius
 from lipcert.recipe import Recipe
 from lipcert.run import Run, load_model
 from lipcert.train import train
 
-NETS = {
-    "mlp": ("MLP 4x100", partial(models.mlp, widths=(100,) * 4, activation=torch.nn.ReLU)),
-    "lmt": ("LMT's small net", models.lmt_mnist),
-    "c4f3": ("4C3F", models.c4f3_bcp),
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """A network, and the recipe whose loss, radius and schedule trains it."""
+
+    title: str
+    model: Callable
+    recipe: str = "ellipsoid-mnist-lmt"
+    changes: dict = dataclasses.field(default_factory=dict)
+
+
+SETS = {
+    "mnist": {
+        "mlp": Net("MLP 4x100", partial(models.mlp, widths=(100,) * 4, activation=torch.nn.ReLU)),
+        "lmt": Net("LMT's small net", models.lmt_mnist),
+        "c4f3": Net("4C3F", models.c4f3_bcp),
+    },
+    # A few epochs: turning and shifting the images, made for 800, would only slow them down.
+    "cifar10": {
+        "c6f2": Net(
+            "6C2F", models.c6f2_bcp, "ellipsoid-cifar10-c6f2_bcp", {"augment": random_flip}
+        ),
+    },
 }
+NETS = {key: net for nets in SETS.values() for key, net in nets.items()}
 BOUNDS = {
     "product": lambda graph: lc.Product(graph, norm=lc.PowerIteration(2)),
     "LipLT": lambda graph: lc.LipLT(graph, norm=lc.LOBPCG(1)),
     "Eclipse": lambda graph: lc.Eclipse(graph, every=2),
     "Ellipsoid": lambda graph: lc.Ellipsoid(graph, every=2),
 }
-RADII = (0.1, 0.3, 0.5, 1.0, 1.58)
 
 
 def orthogonal(make, in_shape, classes) -> torch.nn.Module:
@@ -51,13 +73,14 @@ def orthogonal(make, in_shape, classes) -> torch.nn.Module:
 
 
 def recipe_of(net: str, bound: str, seed: int, epochs: int) -> Recipe:
-    """The ellipsoid recipe for MNIST with another network, bound and length."""
+    """The recipe of the network with another bound, length and seed."""
     return dataclasses.replace(
-        recipes.get("ellipsoid-mnist-lmt"),
-        model=partial(orthogonal, NETS[net][1]),
+        recipes.get(NETS[net].recipe),
+        model=partial(orthogonal, NETS[net].model),
         bound=BOUNDS[bound],
         epochs=epochs,
         seed=seed,
+        **NETS[net].changes,
     )
 
 
@@ -76,14 +99,14 @@ def train_all(options: argparse.Namespace) -> None:
     data = lc.data.load(options.data, Split.TRAIN)
     for bound in options.bounds or BOUNDS:
         folder = options.out / f"{options.net}-{bound}-{options.seed}"
-        plan = folder / "plan.json"
+        plan = options.out / f"{options.net}-{bound}.json"
         if not plan.exists():
             epochs = epochs_within(options.net, bound, data, options.minutes)
-            folder.mkdir(parents=True, exist_ok=True)
+            options.out.mkdir(parents=True, exist_ok=True)
             plan.write_text(json.dumps({"epochs": epochs}))
-        run = Run(
-            folder, recipe_of(options.net, bound, options.seed, **json.loads(plan.read_text()))
-        )
+        folder.mkdir(exist_ok=True)
+        epochs = json.loads(plan.read_text())["epochs"]
+        run = Run(folder, recipe_of(options.net, bound, options.seed, epochs))
         clock = time.process_time()
 
         def note(epoch, folder=folder):
@@ -103,9 +126,12 @@ def tabulate(options: argparse.Namespace) -> None:
     test = lc.data.load(options.data, Split.EVALUATION)
     shape = tuple(test.images.shape[1:])
     rows, curves = [], {}
-    grid = torch.linspace(0, 3, 301, dtype=torch.float64)
+    recipe = recipes.get(next(iter(SETS[options.set].values())).recipe)
+    grid = torch.linspace(0, 2 * recipe.eps, 301, dtype=torch.float64)
     for folder in sorted(options.out.glob("*-*-*")):
         key, bound, seed = folder.name.split("-")
+        if key not in SETS[options.set]:
+            continue
         run = Run(folder, recipe_of(key, bound, int(seed), 1))
         if not run.path("config.json").exists():
             continue
@@ -116,22 +142,26 @@ def tabulate(options: argparse.Namespace) -> None:
         spent = dict(line.split() for line in (folder / "cpu.txt").read_text().splitlines())
         rows.append(
             {
-                "net": NETS[key][0],
+                "net": NETS[key].title,
                 "trained with": bound,
                 "seed": int(seed),
                 "epochs": len(spent),
                 "CPU seconds of training": round(sum(map(float, spent.values()))),
                 "clean": lc.clean_accuracy(cert, test.labels),
-                **{f"CRA {eps}": lc.certified_accuracy(cert, test.labels, eps) for eps in RADII},
+                **{
+                    f"CRA {eps}": lc.certified_accuracy(cert, test.labels, parse_radius(eps))
+                    for eps in recipe.radii
+                },
                 "ACR": round(lc.average_certified_radius(cert, test.labels), 4),
                 **{f"largest pair, {name}": largest_pair(b) for name, b in bounds.items()},
             }
         )
         print(rows[-1], flush=True)
         curve = lc.certificate.curve(cert, test.labels, grid)
-        curves.setdefault((NETS[key][0], bound), []).append(curve)
-    save("ellipsoid_mnist", {"loss": "gloro", "summary": summary(rows), "runs": rows})
-    plot(grid, curves)
+        curves.setdefault((NETS[key].title, bound), []).append(curve)
+    name = f"ellipsoid_{options.set}"
+    save(name, {"loss": "gloro", "summary": summary(rows), "runs": rows})
+    plot(name, grid, curves)
 
 
 def largest_pair(bound: torch.nn.Module) -> float:
@@ -142,11 +172,12 @@ def largest_pair(bound: torch.nn.Module) -> float:
 
 def summary(rows: list[dict]) -> list[dict]:
     """Mean and largest distance from it over the seeds."""
+    figures = [name for name in rows[0] if name in ("clean", "ACR") or name.startswith("CRA ")]
     found = []
     for net, bound in dict.fromkeys((row["net"], row["trained with"]) for row in rows):
         same = [row for row in rows if (row["net"], row["trained with"]) == (net, bound)]
         line = {"net": net, "trained with": bound, "seeds": len(same)}
-        for name in ("clean", *(f"CRA {eps}" for eps in RADII), "ACR"):
+        for name in figures:
             values = [row[name] for row in same]
             mean = statistics.mean(values)
             line[name] = [round(mean, 4), round(max(abs(v - mean) for v in values), 4)]
@@ -154,7 +185,7 @@ def summary(rows: list[dict]) -> list[dict]:
     return found
 
 
-def plot(grid: torch.Tensor, curves: dict[tuple[str, str], list[torch.Tensor]]) -> None:
+def plot(name: str, grid: torch.Tensor, curves: dict[tuple[str, str], list[torch.Tensor]]) -> None:
     nets = list(dict.fromkeys(net for net, _ in curves))
     figure, axes = plt.subplots(
         1,
@@ -170,11 +201,11 @@ def plot(grid: torch.Tensor, curves: dict[tuple[str, str], list[torch.Tensor]]) 
             for place, curve in enumerate(curves.get((net, bound), [])):
                 label = bound if place == 0 else None
                 axis.plot(grid, 100 * curve, color=colour, label=label, alpha=0.8)
-        axis.set(title=net, xlabel="L2 radius, pixels in [0, 1]", xlim=(0, 3), ylim=(0, 100))
+        axis.set(title=net, xlabel="L2 radius, pixels in [0, 1]", xlim=(0, grid[-1]), ylim=(0, 100))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("certified accuracy, %")
     axes[0, 0].legend(frameon=False, title="trained with")
-    figure.savefig(RESULTS / "ellipsoid_mnist.png", dpi=150)
+    figure.savefig(RESULTS / f"{name}.png", dpi=150)
 
 
 def main() -> None:
@@ -182,6 +213,7 @@ def main() -> None:
     parser.add_argument("command", choices=("train", "table"))
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", choices=SETS, default="mnist")
     parser.add_argument("--net", choices=NETS)
     parser.add_argument("--bounds", nargs="*", choices=BOUNDS)
     parser.add_argument("--seed", type=int, default=0)
