@@ -26,6 +26,15 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
+from lipcert.bounds.roots import (
+    fewer_rows,
+    gram,
+    half_inverse,
+    largest_eigenvalue,
+    power_of_two,
+    raised_factor,
+    square_root,
+)
 from lipcert.bounds.tail import matrix_of
 from lipcert.graph import Expansion, Lipschitz
 from lipcert.kinds import Constant, Kind, weakest
@@ -40,8 +49,6 @@ that is taken linear, they may read of the network itself."""
 @dataclass(frozen=True)
 class Extent:
     """S = scale^2 R^T R, or scale^2 * identity where there is no R.
-
-    Roots keep all digits where the next map cancels what is large: in S itself half would be lost.
 
     Attributes:
         scale: A number, of the precision of the root.
@@ -58,7 +65,7 @@ class Extent:
     @property
     def matrix(self) -> Float[Tensor, "n n"] | None:
         """R^T R, or None."""
-        return None if self.root is None else self.root.mT @ self.root
+        return None if self.root is None else gram(self.root)
 
     def chosen(self, index: Int[Tensor, " k"]) -> "Extent":
         """That of some of the entries; an entry may be named twice."""
@@ -74,7 +81,7 @@ class Extent:
         if self.root is not None:
             # Of the smaller Gram matrix of the two.
             root = self.root if len(self.root) >= self.root.shape[1] else self.root.mT
-            value = value * square_root(largest_eigenvalue(root.mT @ root))
+            value = value * square_root(largest_eigenvalue(gram(root)))
         return Constant(value, self.kind, self.failure)
 
 
@@ -119,29 +126,6 @@ def _floored(weights: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
     return torch.maximum(weights, _FLOOR * weights.max())
 
 
-def largest_eigenvalue(
-    matrices: Float[Tensor, "*f n n"] | Complex[Tensor, "*f n n"],
-) -> Float[Tensor, ""]:
-    """The largest eigenvalue of any; in the gradient only its own vector counts."""
-    flat = matrices.reshape(-1, *matrices.shape[-2:])
-    with torch.no_grad():
-        if not flat.abs().sum().isfinite():
-            return flat.real.new_full((), torch.nan)
-        values = torch.linalg.eigvalsh(flat)[:, -1]
-        where = values.argmax()
-        if not matrices.requires_grad:
-            return values[where]
-        top = torch.linalg.eigh(flat[where])[1][:, -1]
-    seen = (top.conj() @ flat[where] @ top).real
-    return values[where] + seen - seen.detach()
-
-
-def square_root(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """The root, 0 with a gradient of 0 where the value is not above 0; NaN stays."""
-    positive = ~(value <= 0)
-    return value.where(positive, 1).sqrt().where(positive, 0)
-
-
 def normalised(scale: Tensor, root: Tensor, kind: Kind, failure: float) -> Extent:
     """The ellipsoid of scale^2 R^T R, its root brought to entries of about 1.
 
@@ -151,13 +135,6 @@ def normalised(scale: Tensor, root: Tensor, kind: Kind, failure: float) -> Exten
     if not power.isfinite():
         return Extent(scale * torch.nan, torch.zeros_like(root), kind, failure)
     return Extent(scale * power, root / power, kind, failure)
-
-
-def power_of_two(numbers: Tensor) -> Tensor:
-    """About the size of the largest entry, a power of two, so that nothing is rounded."""
-    numbers = numbers.detach()
-    largest = (torch.view_as_real(numbers) if numbers.is_complex() else numbers).abs().max()
-    return 2.0 ** torch.floor(torch.log2(largest.where(largest != 0, 1)))
 
 
 def through_map(
@@ -207,7 +184,7 @@ def through_slopes(
         steepest = torch.maximum(high.abs(), low.abs()).max()
         return Extent(before.scale * steepest, None, before.kind, before.failure)
     c, r = (low + high) / 2, (high - low) / 2
-    root, s, found = before.root, before.root.mT @ before.root, None
+    root, s, found = before.root, gram(before.root), None
     if bool((r > 0).any()):
         moving = (r > 0).nonzero()[:, 0]
         spread = s[:, moving]
@@ -241,62 +218,21 @@ def stepped(
     if gains is None:
         return root * c
     if _from_zero(c, r):  # P = c G (G - S)^-1 G c
-        left, gains = _raised_factor(s, gains)
-        right = torch.diag((gains * c).to(s)).expand_as(s)
-        return torch.linalg.solve_triangular(left, right, upper=False)
+        lowered, left, gains = raised_factor(s, gains)
+        return half_inverse(lowered, left, torch.diag((gains * c).to(s)).expand_as(s))
     moving = (r > 0).nonzero()[:, 0]
     spread = s[..., moving]
-    left, gains = _raised_factor(spread[..., moving, :], gains)
-    bent = torch.linalg.solve_triangular(left, (spread * c[:, None]).mH, upper=False)
+    lowered, left, gains = raised_factor(spread[..., moving, :], gains)
+    bent = half_inverse(lowered, left, (spread * c[:, None]).mH)
     noise = torch.diag(gains.sqrt() * r[moving]).to(s)
     noise = torch.zeros(len(moving), len(c)).to(s).index_add(1, moving, noise)
     found = torch.cat([root * c, bent, noise.expand(*bent.shape[:-2], -1, -1)], -2)
     return found if found.shape[-2] <= 4 * len(c) else fewer_rows(found)
 
 
-def fewer_rows(root: Float[Tensor, "*f k n"] | Complex[Tensor, "*f k n"]) -> Tensor:
-    """R with as many rows as columns, above the given one by no more than rounding asks for."""
-    zero = (root == 0).flatten(-2).all(-1)[..., None, None]
-    matrices, size = root.mH @ root, root.shape[-1]
-    eps, tiny = (getattr(torch.finfo(root.dtype), name) for name in ("eps", "tiny"))
-    largest = matrices.detach().diagonal(dim1=-2, dim2=-1).real.amax(-1).clamp(min=0)
-    noise, eye = 4 * size * eps * largest + tiny**0.5, torch.eye(size).to(matrices)
-    while True:
-        left, info = torch.linalg.cholesky_ex(matrices + noise[..., None, None] * eye)
-        if not bool(info.any()) or not bool(noise.isfinite().all()):
-            return left.mH.masked_fill(zero, 0)
-        noise = torch.where(info > 0, 16 * noise, noise)
-
-
 def _from_zero(c: Float[Tensor, " n"], r: Float[Tensor, " n"]) -> bool:
     """Whether every neuron has slopes from 0 on to some other number."""
     return bool(((c.abs() == r) & (r > 0)).all())
-
-
-def _raised_factor(
-    inner: Float[Tensor, "*f m m"] | Complex[Tensor, "*f m m"], gains: Float[Tensor, " m"]
-) -> tuple[Tensor, Float[Tensor, " m"]]:
-    """The Cholesky factor of G - S, and G, raised as far as rounding asks for.
-
-    Where they are far from above S, all are raised to its largest eigenvalue.
-    """
-    least = 16 * len(gains) * torch.finfo(gains.dtype).eps
-    tiny = torch.finfo(gains.dtype).tiny ** 0.5  # so that zero has a factor
-    for chosen in (gains, None):
-        # In the second round, above S whatever was chosen.
-        start = chosen if chosen is not None else torch.maximum(gains, largest_eigenvalue(inner))
-        margin = least
-        while margin < 16:
-            raised = start * (1 + margin) + tiny
-            # Half of the margin is for what the sum and the factor themselves round.
-            lowered = torch.diag(raised / (1 + margin / 2)) - inner
-            left, info = torch.linalg.cholesky_ex(lowered)
-            if not bool(info.any()):
-                return left, raised
-            if not bool(start.isfinite().all()):
-                break
-            margin *= 16
-    return torch.full_like(inner, torch.nan), gains
 
 
 def through_opaque(before: Extent, op: Lipschitz, size: int, passive: int = 0) -> Extent:
@@ -317,13 +253,14 @@ def through_opaque(before: Extent, op: Lipschitz, size: int, passive: int = 0) -
         return Extent(constant * before.radius().value, None, kind, before.failure)
     root, out = before.root, math.prod(op.shape)
     assert root is not None
-    s = root.mT @ root
+    s = gram(root)
     inner, across = s[:size, :size], s[:size, size:]
     # One multiplier for all: each entry gets the same share of both weights.
     half, each = constant.expand(size), constant.new_ones(size) / size
     added, stretched = out * constant.square() * each, across.square().sum() * each
-    left, gains = _raised_factor(inner, balanced(Moving(inner, 0 * half, half, added, stretched)))
-    bent = torch.linalg.solve_triangular(left, across, upper=False)
+    chosen = balanced(Moving(inner, 0 * half, half, added, stretched))
+    lowered, left, gains = raised_factor(inner, chosen)
+    bent = half_inverse(lowered, left, across)
     ball = torch.diag((gains[0].sqrt() * constant).expand(out))
     found = torch.block_diag(ball, torch.cat([root[:, size:], bent]))
     return normalised(before.scale, found, kind, before.failure)

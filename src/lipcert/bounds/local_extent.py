@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lipcert.bounds.extent import APART, fewer_rows
+from lipcert.bounds.extent import APART
+from lipcert.bounds.roots import fewer_rows
 from lipcert.bounds.tail import matrix_of
 from lipcert.linear_kinds import Index
 from lipcert.linear_map import LinearMap
@@ -183,7 +184,7 @@ def _stepped(
     curved = torch.linalg.solve_triangular(left, spread, upper=False)
     noise = torch.diag_embed(raised.sqrt() * r)
     found = torch.cat([root * c[:, None], curved, noise], 1)
-    found = found if found.shape[1] <= 3 * size else fewer_rows(found)
+    found = found if found.shape[1] <= 4 * size else fewer_rows(found)
     return found.where(failed[:, None, None] == 0, torch.nan)
 
 

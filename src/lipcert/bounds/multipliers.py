@@ -18,9 +18,9 @@ from lipcert.bounds.extent import (
     Gains,
     Moving,
     balanced,
-    largest_eigenvalue,
 )
 from lipcert.bounds.margin import MarginConstants, evaluating
+from lipcert.bounds.roots import largest_eigenvalue
 from lipcert.bounds.sweep import Sweep
 from lipcert.bounds.tail import tail
 from lipcert.bounds.tightest import least, tightest_pairs

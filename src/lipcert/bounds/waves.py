@@ -26,13 +26,11 @@ from lipcert.bounds.extent import (
     Extent,
     Gains,
     Moving,
-    largest_eigenvalue,
     normalised,
-    power_of_two,
     shares_of,
-    square_root,
     stepped,
 )
+from lipcert.bounds.roots import gram, largest_eigenvalue, power_of_two, square_root
 from lipcert.bounds.tail import matrix_of
 from lipcert.convolution import Conv
 from lipcert.kinds import Constant, Kind
@@ -65,7 +63,7 @@ class Waves:
 
     def matrices(self) -> Complex[Tensor, "f folds c c"]:
         """S(f) / scale^2."""
-        return self.roots.mH @ self.roots
+        return gram(self.roots)
 
     def radius(self) -> Constant:
         """A Lipschitz constant of the node: the longest half axis."""
@@ -78,22 +76,27 @@ class Waves:
 
     def onto(self, map: LinearMap) -> Extent:
         """The ellipsoid of the outputs of a map of the image, as a matrix."""
-        rows = matrix_of(map).to(self.scale)
-        rows, power = _unit(rows)
-        seen = self.transformed(rows.reshape(-1, *map.in_shape)) @ self.roots.mT
-        seen = torch.view_as_real((seen * self.weights().sqrt()).movedim(-2, 0)).flatten(1)
-        return normalised(self.scale * power, seen.mT, self.kind, 0.0)
+        rows, power = _unit(matrix_of(map).to(self.scale))
+        roots = self.roots * self.weights().sqrt()
+        seen = roots @ self.transformed(rows.reshape(-1, *map.in_shape)).mT
+        seen = torch.view_as_real(seen).movedim(-1, 0).flatten(0, -2)
+        return normalised(self.scale * power, seen, self.kind, 0.0)
 
     def transformed(self, images: Float[Tensor, "k c *cells"]) -> Complex[Tensor, "f folds k c"]:
         """The Fourier coefficients of images that are zero on the rest of the grid."""
         count, channels, *cells = images.shape
-        where = torch.cartesian_prod(*(torch.arange(n) for n in cells)).reshape(-1, len(cells))
-        angles = where.double() @ _frequencies(self.coarsest, self.folds).mT * (2 * math.pi)
-        # As one matrix: the cells of a network are few, and torch.fft takes more time for each.
-        turns = torch.stack([angles.cos(), -angles.sin()], -1).flatten(1).to(self.scale)
-        turns = turns / math.sqrt(math.prod(self.coarsest) * math.prod(self.folds))
-        found = torch.view_as_complex((images.flatten(2) @ turns).unflatten(-1, (-1, 2)))
-        return found.movedim(-1, 0).reshape(-1, math.prod(self.folds), count, channels)
+        grid = math.prod(self.coarsest) * math.prod(self.folds)
+        found, axes = (images / math.sqrt(grid)).to(self.roots.dtype), len(cells)
+        cycles = _cycles(self.coarsest, self.folds)
+        for of, size in reversed(list(zip(cycles, cells, strict=True))):
+            # As a matrix an axis: the cells are few, and torch.fft takes more time for each.
+            angles = of.reshape(-1, 1) * torch.arange(size) * (2 * math.pi)
+            turns = torch.complex(angles.cos(), -angles.sin())
+            found = turns.to(found) @ found.reshape(-1, size).mT
+        shape = [n for of in cycles for n in of.shape]
+        found = found.reshape(*shape, count, channels)
+        found = found.permute(*range(0, 2 * axes, 2), *range(1, 2 * axes, 2), -2, -1)
+        return found.reshape(-1, math.prod(self.folds), count, channels)
 
     def weights(self) -> Float[Tensor, "f 1 1 1"]:
         """How many frequencies of the whole grid each one stands for: itself and its negative."""
@@ -173,7 +176,7 @@ def through_cut(
             added = r[moving].square() * math.prod(before.coarsest) * math.prod(before.folds)
             stretched = c[:, None] * spread
         else:
-            rows = read / torch.view_as_real(read.detach()).abs().max()
+            rows = read / power_of_two(read)
             weighted = _squares(rows) * before.weights()
             added = r[moving].square() * weighted.sum((0, 1, 2))[moving]
             stretched = (rows.conj() * c) @ spread
@@ -219,14 +222,23 @@ def _symbols(before: Waves, conv: Conv, weight: Tensor) -> Complex[Tensor, "f fo
     return matrices.reshape(len(before.roots), -1, out, into)
 
 
+def _cycles(coarsest: Shape, folds: Shape) -> list[Float[Tensor, "cells folds"]]:
+    """Cycles per cell along each axis, for the coarsest grid's and for all that fold onto one."""
+    counts = (*coarsest[:-1], coarsest[-1] // 2 + 1)
+    return [
+        (torch.arange(count)[:, None] + size * torch.arange(fold)).double() / (size * fold)
+        for count, size, fold in zip(counts, coarsest, folds, strict=True)
+    ]
+
+
 def _frequencies(coarsest: Shape, folds: Shape) -> Float[Tensor, "all axes"]:
     """Cycles per cell of each frequency, in the order of `Waves`; float64."""
-    cells = [torch.arange(m) for m in (*coarsest[:-1], coarsest[-1] // 2 + 1)]
-    start = torch.cartesian_prod(*cells).reshape(-1, 1, len(folds))
-    shift = torch.cartesian_prod(*(torch.arange(a) for a in folds)).reshape(1, -1, len(folds))
-    grid = torch.tensor(coarsest) * torch.tensor(folds)
-    index = (start + shift * torch.tensor(coarsest)).reshape(-1, len(folds))
-    return index.double() / grid.double()
+    spread, axes = [], len(folds)
+    for axis, of in enumerate(_cycles(coarsest, folds)):
+        shape = [1] * (2 * axes)
+        shape[axis], shape[axes + axis] = of.shape
+        spread.append(of.reshape(shape))
+    return torch.stack(torch.broadcast_tensors(*spread), -1).reshape(-1, axes)
 
 
 def _squares(values: Complex[Tensor, "..."]) -> Float[Tensor, "..."]:
