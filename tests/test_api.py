@@ -2,7 +2,9 @@
 
 import ast
 import contextlib
+import copy
 import importlib
+import pickle
 import pkgutil
 import subprocess
 import sys
@@ -73,6 +75,13 @@ def test_importing_the_package_imports_nothing_slow():
             lambda net, graph, x: lc.certify(net, x, bound=lc.Product(graph)).robust_at("1/2"),
             "positive finite number",
         ),
+        (lambda net, graph, x: lc.L2Ball(True), "positive finite number"),
+        (lambda net, graph, x: lc.L2Ball(0.1, clip=3), "(0.0, 1.0)"),
+        (lambda net, graph, x: lc.L2Ball(0.1, clip=("a", 1)), "(0.0, 1.0)"),
+        (lambda net, graph, x: lc.Product(graph, region=lc.L2Ball(0.1))(x, eps="a"), "radius"),
+        (lambda net, graph, x: lc.Multipliers(graph, rate="a"), "positive rate"),
+        (lambda net, graph, x: copy.deepcopy(lc.Product(graph)), "trace it again"),
+        (lambda net, graph, x: pickle.dumps(lc.Product(graph)), "state_dict"),
     ],
 )
 def test_the_usual_slips_get_advice(call, advice):
@@ -80,3 +89,10 @@ def test_the_usual_slips_get_advice(call, advice):
     with jaxtyping_off(), pytest.raises(lc.LipcertError) as caught:
         call(net, lc.trace(net, (3,)), torch.rand(4, 3))
     assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize("bound", [lc.Product, lc.LipLT, lc.Ellipsoid, lc.Multipliers])
+def test_images_have_no_single_logits(bound):
+    graph = lc.trace(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), (1, 4, 4))
+    with pytest.raises(lc.LipcertError, match=r"lc\.lipschitz"):
+        bound(graph).per_output()

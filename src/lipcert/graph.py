@@ -8,6 +8,7 @@ when they are called, so a graph stays true while its network trains.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -208,6 +209,14 @@ class Graph:
         for n in self.nodes:
             values[n] = _value(n, [values[i] for i in n.inputs], x)
         return values
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuses copies and pickles: they would still read the weights of the traced network."""
+        raise LipcertError(
+            "A traced graph, and a bound with it, can not be copied or pickled: its nodes read the "
+            "network that was traced. Copy or save the network alone, trace it again, and take the "
+            "bound's vectors over: new.load_state_dict(old.state_dict())."
+        )
 
     def check(self, model: nn.Module) -> None:
         """Raises LipcertError unless this graph still describes `model`."""

@@ -1,6 +1,7 @@
 """Where a bound holds: a ball around each sample. Without a region, bounds hold everywhere."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +30,12 @@ class L2Ball:
     progressive: bool = True
 
     def __post_init__(self):
-        if not (isinstance(self.eps, int | float) and 0 < self.eps < math.inf):
+        if not (_is_number(self.eps) and 0 < self.eps < math.inf):
             raise LipcertError(f"L2Ball(eps={self.eps!r}): needs a positive finite number.")
-        if self.clip is not None and not self.clip[0] < self.clip[1]:
-            raise LipcertError(f"L2Ball(clip={self.clip!r}): needs two numbers, the least first.")
+        if self.clip is not None and not _is_range(self.clip):
+            raise LipcertError(
+                f"L2Ball(clip={self.clip!r}): needs two numbers, the least first, e.g. (0.0, 1.0)."
+            )
 
     def radii(
         self, x: Float[Tensor, "b ..."], eps: float | Float[Tensor, " b"] | None
@@ -43,6 +46,8 @@ class L2Ball:
             LipcertError: A radius is negative, infinite or NaN; there are not as many as samples;
                 samples lie outside `clip`.
         """
+        if not (eps is None or _is_number(eps) or isinstance(eps, Tensor)):
+            raise LipcertError(f"eps={eps!r}: needs a radius, or a tensor of one for each sample.")
         asked = torch.as_tensor(self.eps if eps is None else eps).to(x)
         if asked.ndim > 1 or (asked.ndim == 1 and len(asked) != len(x)):
             raise LipcertError(
@@ -54,3 +59,17 @@ class L2Ball:
         if self.clip is not None and not bool(((x >= self.clip[0]) & (x <= self.clip[1])).all()):
             raise LipcertError(f"There are samples outside the values {self.clip} of clip.")
         return asked.expand(len(x))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_range(value: object) -> bool:
+    """Whether it is two numbers, the least first."""
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 2
+        and all(map(_is_number, value))
+        and value[0] < value[1]
+    )

@@ -161,11 +161,11 @@ class Ellipsoid(Bound):
         eps: float | Float[Tensor, " b"] | None = None,
     ) -> Constant:
         """Lipschitz constants of the single logits, see `Bound`."""
+        logits = self.logits
         if self.region is not None:
             with evaluating(self.graph):
                 return local_logits(self._around(x, eps).ends(anchored=False))
-        count = self.graph.output.shape[0]
-        return least([single_logits(count, ends, self.p) for ends in self._ends()])
+        return least([single_logits(logits, ends, self.p) for ends in self._ends()])
 
     def prefix(
         self,

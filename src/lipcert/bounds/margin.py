@@ -203,6 +203,22 @@ class Bound(nn.Module):
             )
         return shape[0]
 
+    @property
+    def logits(self) -> int:
+        """Number of entries of the output, one alone allowed.
+
+        Raises:
+            LipcertError: The network's output is no vector.
+        """
+        shape = self.graph.output.shape
+        if len(shape) != 1:
+            raise LipcertError(
+                f"Constants of single logits need an output that is a vector; the network's has "
+                f"shape {shape}. For its Lipschitz constant alone use lc.lipschitz(net, "
+                "input_shape)."
+            )
+        return shape[0]
+
 
 def evaluating(graph: Graph) -> torch.autocast:
     """Around each evaluation: the network is the traced one, and autocast is off.

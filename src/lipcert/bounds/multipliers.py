@@ -70,7 +70,8 @@ class Multipliers(Ellipsoid):
         pairwise: bool = False,
     ):
         super().__init__(graph, norm)
-        if not isinstance(steps, int) or steps < 1 or not 0 < rate < math.inf:
+        number = isinstance(rate, int | float)
+        if not isinstance(steps, int) or steps < 1 or not (number and 0 < rate < math.inf):
             raise LipcertError(
                 f"steps={steps!r}, rate={rate!r}: Multipliers takes a whole number of at least one "
                 "step and a positive rate, e.g. steps=100, rate=0.15."
@@ -93,8 +94,8 @@ class Multipliers(Ellipsoid):
         closed = super().per_output
 
         def make() -> Constant:
-            found, count = ends_of(self._at_end(_singles)), self.graph.output.shape[0]
-            return least([closed(), single_logits(count, found, self.p)])
+            found = ends_of(self._at_end(_singles))
+            return least([closed(), single_logits(self.logits, found, self.p)])
 
         with torch.no_grad():
             return self._once("single", make)

@@ -138,8 +138,9 @@ class Product(Bound):
         eps: float | Float[Tensor, " b"] | None = None,
     ) -> Constant:
         """Lipschitz constants of the single logits, see `Bound`."""
+        logits = self.logits
         if self.region is None:
-            return single_logits(self.graph.output.shape[0], self._ends(), self.p)
+            return single_logits(logits, self._ends(), self.p)
         with evaluating(self.graph):
             return local_logits([e.end for e in self._around(x, eps).ends()])
 
