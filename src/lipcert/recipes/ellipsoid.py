@@ -89,6 +89,7 @@ def ellipsoid_cifar10() -> Recipe:
         model=_orthogonal(models.c6f2_bcp),
         eps=36 / 255,
         epochs=800,
+        learning_rate=1e-3,
         augment=lambda x: RandomAffine(5, 0.1)(random_flip(x)),
         radii=("36/255", "72/255", "108/255"),
     )
@@ -103,7 +104,6 @@ def ellipsoid_tiny() -> Recipe:
         data=TINY_IMAGENET,
         model=_orthogonal(models.c8f2_bcp),
         bound=partial(_ellipsoid, every=4),
-        learning_rate=1e-3,
         epochs=300,
     )
 
