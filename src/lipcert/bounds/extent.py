@@ -134,7 +134,7 @@ def normalised(scale: Tensor, root: Tensor, kind: Kind, failure: float) -> Exten
     power = power_of_two(root)
     if not power.isfinite():
         return Extent(scale * torch.nan, torch.zeros_like(root), kind, failure)
-    return Extent(scale * power, root / power, kind, failure)
+    return Extent(scale * power, root * (1 / power), kind, failure)
 
 
 def through_map(

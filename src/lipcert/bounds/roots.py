@@ -65,7 +65,7 @@ class _HalfInverse(torch.autograd.Function):
         both = torch.cat([gradient, root], -1)
         into, solved = torch.linalg.solve_triangular(factor.mH, both, upper=True).chunk(2, -1)
         product = into @ solved.mH
-        return -(product + product.mH) / 4, None, into
+        return (product + product.mH) * -0.25, None, into
 
 
 def raised_factor(
@@ -127,10 +127,14 @@ def square_root(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
 
 
 def power_of_two(numbers: Tensor) -> Tensor:
-    """About the size of the largest entry, a power of two, so that nothing is rounded."""
+    """About the size of the largest entry, a power of two, so that nothing is rounded.
+
+    Multiply with its inverse, which is exact too: complex numbers are slow to divide.
+    """
     least, greatest = _reals(numbers.detach()).aminmax()  # without a copy
     largest = torch.maximum(-least, greatest)
-    return 2.0 ** torch.floor(torch.log2(largest.where(largest != 0, 1)))
+    power = 2.0 ** torch.floor(torch.log2(largest.where(largest != 0, 1)))
+    return power.clamp(min=torch.finfo(power.dtype).tiny)  # so that it has an inverse
 
 
 def _reals(numbers: Tensor) -> Float[Tensor, "..."]:

@@ -86,7 +86,7 @@ class Waves:
         """The Fourier coefficients of images that are zero on the rest of the grid."""
         count, channels, *cells = images.shape
         grid = math.prod(self.coarsest) * math.prod(self.folds)
-        found, axes = (images / math.sqrt(grid)).to(self.roots.dtype), len(cells)
+        found, axes = (images * grid**-0.5).to(self.roots.dtype), len(cells)
         cycles = _cycles(self.coarsest, self.folds)
         for of, size in reversed(list(zip(cycles, cells, strict=True))):
             # As a matrix an axis: the cells are few, and torch.fft takes more time for each.
@@ -144,7 +144,7 @@ def through_circular(before: Waves, conv: Conv) -> Waves:
         carried = carried.permute(places).reshape(order, math.prod(folds), -1, conv.out_shape[0])
         scale = scale / math.sqrt(math.prod(conv.stride))
     else:
-        carried = torch.cat([carried, before.roots[..., into:] / power], -1)
+        carried = torch.cat([carried, before.roots[..., into:] * (1 / power)], -1)
     return dataclasses.replace(before, scale=scale, roots=carried, folds=folds)
 
 
@@ -167,7 +167,8 @@ def through_cut(
     s, c, r = before.matrices(), (low + high) / 2, (high - low) / 2
     power = power_of_two(s.detach().diagonal(dim1=-2, dim2=-1).real.sqrt())
     power = power.where(power.isfinite(), 1)
-    s, scale, found = s / power.square(), before.scale * power, None
+    inverse = 1 / power
+    s, scale, found = s * inverse.square(), before.scale * power, None
     if bool((r > 0).any()):
         moving = (r > 0).nonzero()[:, 0]
         spread = s if len(moving) == len(c) else s[..., moving]
@@ -176,13 +177,13 @@ def through_cut(
             added = r[moving].square() * math.prod(before.coarsest) * math.prod(before.folds)
             stretched = c[:, None] * spread
         else:
-            rows = read / power_of_two(read)
+            rows = read * (1 / power_of_two(read))
             weighted = _squares(rows) * before.weights()
             added = r[moving].square() * weighted.sum((0, 1, 2))[moving]
             stretched = (rows.conj() * c) @ spread
         stretched = (_squares(stretched) * before.weights()).sum((0, 1, 2))
         found = gains(Moving(inner, c[moving], r[moving], added, stretched))
-    roots = stepped(before.roots / power, s, c, r, found)
+    roots = stepped(before.roots * inverse, s, c, r, found)
     return dataclasses.replace(before, scale=scale, roots=roots)
 
 
@@ -249,4 +250,4 @@ def _unit(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A tensor with the largest entry about 1, and what it was divided by."""
     power = power_of_two(weight)
     power = power.where(power.isfinite(), 1)
-    return weight / power, power
+    return weight * (1 / power), power
