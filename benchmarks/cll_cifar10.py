@@ -50,7 +50,7 @@ def main() -> None:
         epochs = run.path("metrics.jsonl").read_text().splitlines()
         bound = lc.Product(lc.trace(net, tuple(test.images.shape[1:])))
         cert = lc.certify(net, test.pixels(), bound=bound)
-        curve = lc.certificate.curve(cert, test.labels, grid)
+        curve = lc.accuracy.curve(cert, test.labels, grid)
         rows[name] = {
             "epochs": options.epochs,
             "seconds of training": round(sum(json.loads(e)["seconds"] for e in epochs)),

@@ -89,7 +89,7 @@ def main() -> None:
                         "Lipschitz constant, product": float(product.lipschitz()),
                     }
                 )
-                curve = lc.certificate.curve(cert, test.labels, grid)
+                curve = lc.accuracy.curve(cert, test.labels, grid)
                 curves.setdefault((net_name, bound_name), []).append(curve)
     save("crm_mnist", {"runs": rows})
     _plot(grid, curves)

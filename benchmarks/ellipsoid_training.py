@@ -157,7 +157,7 @@ def tabulate(options: argparse.Namespace) -> None:
             }
         )
         print(rows[-1], flush=True)
-        curve = lc.certificate.curve(cert, test.labels, grid)
+        curve = lc.accuracy.curve(cert, test.labels, grid)
         curves.setdefault((NETS[key].title, bound), []).append(curve)
     name = f"ellipsoid_{options.set}"
     save(name, {"loss": "gloro", "summary": summary(rows), "runs": rows})

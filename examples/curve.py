@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from lipcert.certificate import curve_of_radii
+from lipcert.accuracy import curve_of_radii
 from lipcert.evaluate import read_certificates
 from lipcert.radii import parse_radius
 from lipcert.run import open_run

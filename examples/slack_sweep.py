@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import lipcert as lc
 from lipcert import recipes
-from lipcert.certificate import certified_accuracy, clean_accuracy
+from lipcert.accuracy import certified_accuracy, clean_accuracy
 from lipcert.data import Split, load
 from lipcert.files import write_atomically
 from lipcert.progress import progress

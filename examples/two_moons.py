@@ -20,7 +20,7 @@ from slack_sweep import trained
 
 import lipcert as lc
 from lipcert import recipes
-from lipcert.certificate import certified_accuracy, clean_accuracy
+from lipcert.accuracy import certified_accuracy, clean_accuracy
 from lipcert.data import Split, load
 from lipcert.recipe import Recipe
 

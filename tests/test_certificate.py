@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import lipcert as lc
+from lipcert.accuracy import curve, per_class
 from lipcert.bounds import Bound, MarginConstants
-from lipcert.certificate import Certificate, Claim, curve, from_logits, per_class
+from lipcert.certificate import Certificate, Claim, from_logits
 from lipcert.layers import MaxMin, Normalize
 from nets import NETS
 from test_api import jaxtyping_off

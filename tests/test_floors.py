@@ -10,7 +10,7 @@ FLOORS = [
     | {"linear_map", "linear_kinds", "row_norms", "folding"},
     {"layers", "graph", "fuse", "rules", "recording", "tracing"},
     {"region", "bounds", "constants"},
-    {"losses", "certificate", "adversary", "normalized", "radii"},
+    {"losses", "adversary", "normalized", "radii", "certificate", "certifying", "accuracy"},
 ]  # everything else: running, on top
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import lipcert as lc
-from lipcert.bound_table import LOCAL, BoundName, bound_table, evaluated
+from lipcert.bound_names import LOCAL, BoundName
+from lipcert.bound_table import bound_table, evaluated
 from lipcert.certificate import Certificate, Claim, from_logits
 from lipcert.errors import LipcertError
 from lipcert.kinds import Kind

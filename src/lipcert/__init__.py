@@ -35,10 +35,10 @@ _HOME = {
     "Product": "lipcert.bounds",
     "RowSum": "lipcert.spectral",
     "SampleVectors": "lipcert.bounds",
-    "average_certified_radius": "lipcert.certificate",
-    "certified_accuracy": "lipcert.certificate",
-    "certify": "lipcert.certificate",
-    "clean_accuracy": "lipcert.certificate",
+    "average_certified_radius": "lipcert.accuracy",
+    "certified_accuracy": "lipcert.accuracy",
+    "certify": "lipcert.certifying",
+    "clean_accuracy": "lipcert.accuracy",
     "lipschitz": "lipcert.constants",
     "normalized_block": "lipcert.normalized",
     "pgd": "lipcert.adversary",
@@ -53,6 +53,7 @@ __all__ = sorted([*_HOME, *_MODULES, "__version__"])
 
 if TYPE_CHECKING:
     from lipcert import data, graph, layers, losses, models, recipes, schedules
+    from lipcert.accuracy import average_certified_radius, certified_accuracy, clean_accuracy
     from lipcert.adversary import pgd
     from lipcert.bounds import (
         Eclipse,
@@ -65,13 +66,8 @@ if TYPE_CHECKING:
         SampleVectors,
         tightest,
     )
-    from lipcert.certificate import (
-        Certificate,
-        average_certified_radius,
-        certified_accuracy,
-        certify,
-        clean_accuracy,
-    )
+    from lipcert.certificate import Certificate
+    from lipcert.certifying import certify
     from lipcert.constants import lipschitz, spectral_norm
     from lipcert.errors import LipcertError
     from lipcert.kinds import Constant, Kind

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lipcert import evaluate
 from lipcert.adversary import pgd
-from lipcert.bound_table import LOCAL
+from lipcert.bound_names import LOCAL
 from lipcert.data import Dataset
 from lipcert.errors import LipcertError
 from lipcert.external_attacks import AttackName, autoattack, carlini_wagner, deepfool

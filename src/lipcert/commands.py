@@ -15,7 +15,8 @@ from lipcert import run as runs
 from lipcert import train as training
 from lipcert.attack_command import attack_at, fail_on_flips
 from lipcert.attacking import Effort
-from lipcert.bound_table import LOCAL, BoundName, bound_table, members
+from lipcert.bound_names import LOCAL, BoundName, members
+from lipcert.bound_table import bound_table
 from lipcert.data import Dataset, Split, load
 from lipcert.errors import LipcertError
 from lipcert.external_attacks import AttackName

@@ -12,15 +12,11 @@ import pyarrow.parquet
 import torch
 from torch import Tensor, nn
 
-from lipcert.bound_table import LOCAL, BoundName, evaluated, make_bound, tabulated
-from lipcert.certificate import (
-    Certificate,
-    average_certified_radius,
-    certified_accuracy,
-    certify,
-    clean_accuracy,
-    per_class,
-)
+from lipcert.accuracy import average_certified_radius, certified_accuracy, clean_accuracy, per_class
+from lipcert.bound_names import LOCAL, BoundName, make_bound
+from lipcert.bound_table import evaluated, tabulated
+from lipcert.certificate import Certificate
+from lipcert.certifying import certify
 from lipcert.data import Dataset
 from lipcert.errors import LipcertError
 from lipcert.files import write_atomically

@@ -17,19 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lipcert.bound_table import (
-    GLOBAL_OF,
-    LOCAL,
-    BoundName,
-    Evaluated,
-    bounds_around,
-    evaluated,
-    evaluated_around,
-)
+from lipcert.bound_names import GLOBAL_OF, LOCAL, BoundName
+from lipcert.bound_table import Evaluated, bounds_around, evaluated, evaluated_around
 from lipcert.bounds import Bound, MarginConstants, Product
 from lipcert.bounds.around import Around
 from lipcert.bounds.tightest import Tightest, tightest_pairs
-from lipcert.certificate import Certificate, Claim, certify
+from lipcert.certificate import Certificate, Claim
+from lipcert.certifying import certify
 from lipcert.errors import LipcertError
 from lipcert.graph import Graph, Node, Slope
 from lipcert.kinds import Constant

@@ -1,9 +1,21 @@
 """Radii as people write them: a fraction or a decimal, printed as it was given."""
 
+import math
 from fractions import Fraction
 
-from lipcert.certificate import check_radius
 from lipcert.errors import LipcertError
+
+
+def check_radius(eps: float) -> float:
+    """The radius as a float.
+
+    Raises:
+        LipcertError: eps is not a positive finite number.
+    """
+    number = isinstance(eps, int | float)
+    if not (number and eps > 0 and math.isfinite(eps)):
+        raise LipcertError(f"eps = {eps}: a radius must be a positive finite number, e.g. 36/255.")
+    return float(eps)
 
 
 def parse_radius(text: str) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lipcert import run as runs
-from lipcert.bound_table import BoundName
+from lipcert.bound_names import BoundName
 from lipcert.errors import LipcertError
 from lipcert.external_attacks import AttackName
 from lipcert.graph import Graph

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from lipcert.accuracy import certified_accuracy, clean_accuracy
 from lipcert.bounds import Bound
-from lipcert.certificate import certified_accuracy, certify, clean_accuracy
+from lipcert.certifying import certify
 from lipcert.data import Dataset, split_validation
 from lipcert.errors import LipcertError
 from lipcert.files import write_atomically
