@@ -135,3 +135,19 @@ def test_zeros_leave_constants_and_gradients_finite(name, make):
     K = make(graph, every=1)().dense()
     K.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-9, 1e-19, 0.0])
+def test_residual_branches_that_begin_near_zero(size):
+    """Nothing is read of their neurons: a multiplier far above the top costs nothing there."""
+    torch.manual_seed(0)
+    blocks = [Skip(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(3)]
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), *blocks, nn.Linear(6, 3)).float()
+    with torch.no_grad():
+        for block in blocks:
+            block.inside[2].weight.mul_(size)
+    graph = lc.trace(net, (6,))
+    found = lc.Ellipsoid(graph, every=1)().dense()[0]
+    found.sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+    torch.testing.assert_close(found.double(), lc.Ellipsoid(graph)().dense()[0], rtol=0.01, atol=0)

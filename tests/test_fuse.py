@@ -135,3 +135,17 @@ def test_long_chains_stay_affordable():
     assert [type(n.op) for n in graph] == [Input, Affine]
     assert float(lc.Product(graph).lipschitz()) == pytest.approx(1)
     assert time.perf_counter() - start < 8
+
+
+def test_biases_of_chains_are_summed_in_double_precision():
+    """In float32 the kink of a ReLU would move by more than the ball below is wide."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(2, 30), nn.Linear(30, 1), nn.ReLU(), nn.Linear(1, 2)).float()
+        with torch.no_grad():
+            net[0].bias.mul_(10)
+            net[1].bias.copy_(-(net[1].weight @ net[0].bias))
+        node = next(n for n in lc.trace(net, (2,)) if n.name == "0+1")
+        found = node.op.bias().double()
+        exact = net[:2].double()(torch.zeros(1, 2).double())[0]
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-14)

@@ -161,6 +161,27 @@ def test_a_linear_skip_is_exact():
     torch.testing.assert_close(found, torch.cdist(last, last), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("adding", [True, False])
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_what_stays_beside_a_node_that_is_too_large(monkeypatch, size, adding):
+    """The branch inside is a ball; what goes round it moves all the same."""
+    monkeypatch.setattr(ellipsoid, "LARGEST", 6)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        body = Residual(3, 8, nn.ReLU, adding)
+        with torch.no_grad():
+            body.enter.weight.mul_(size)
+        width = 3 if adding else 6
+        net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), body, nn.ReLU(), nn.Linear(width, 3))
+        seen = jacobians(net, 10 * torch.randn(300, 3))
+        graph = lc.trace(net, (3,))
+        for bound in (lc.Ellipsoid(graph), lc.Eclipse(graph), lc.Multipliers(graph, steps=3)):
+            with torch.no_grad():
+                assert bound.lipschitz().value * UP >= torch.linalg.matrix_norm(seen, 2).max()
+                pairs = bound().dense()[0]
+            assert (pairs * UP >= differences(seen)).all()
+
+
 def test_what_is_too_large_is_split(monkeypatch):
     graph = lc.trace(build("nested", nn.ReLU, 0), (3,))
     whole = lc.Ellipsoid(graph)().dense()[0]
@@ -210,3 +231,35 @@ def test_residual_blocks_by_frequency(strides):
                 assert (far <= UP * bound.prefix(n).value).all(), n.name
     if 1 in strides:
         assert found[True] < 0.95 * found[False]
+
+
+def test_gradients_through_shares():
+    """Nodes of which is not known how they go together: the shares move with the weights."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return torch.cat([torch.relu(self.one(x)), torch.relu(self.other(x))], 1)
+
+    torch.manual_seed(2)
+    net = nn.Sequential(Two(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    bound = lc.Ellipsoid(lc.trace(net, (4,)))
+    bound._ways = [way for way in bound._ways if not way.joint]
+    weight = net[0].one.weight
+
+    def value():
+        return bound().row(torch.tensor([1]))[0, 2]
+
+    (slope,) = torch.autograd.grad(value(), weight)
+    direction, step = torch.randn_like(weight), 1e-6
+    with torch.no_grad():
+        weight.add_(step * direction)
+        above = value()
+        weight.sub_(2 * step * direction)
+        below = value()
+    assert float((above - below) / (2 * step)) == pytest.approx(
+        float((slope * direction).sum()), rel=1e-4
+    )

@@ -66,7 +66,8 @@ def _known_of_chain(a: KnownNorm | None, b: KnownNorm | None) -> KnownNorm | Non
 
 
 def _push(map: LinearMap, value: torch.Tensor) -> torch.Tensor:
-    return map.apply(value.to(map.like) if map.tensors() else value)
+    """In float64: what is rounded here moves the kinks that a local bound looks at."""
+    return map.to(torch.float64).apply(value.to(torch.float64))
 
 
 def _ancestors(n: Node) -> list[Node]:

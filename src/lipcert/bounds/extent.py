@@ -44,6 +44,8 @@ from lipcert.linear_map import LinearMap
 _FLOOR = 0.03
 """Weights below this share of the largest count as much: what the logits hardly read of a network
 that is taken linear, they may read of the network itself."""
+_FAINT = 1e-6
+"""The same against the largest of what is read of any entry."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Moving:
         added: a_i = r_i^2 |V_i|^2, the weight of what is added, V being the rows that are read; the
             identity where these are not known.
         stretched: b_i = |(V c S)_i|^2, the weight of what is stretched.
+        read: The largest |V_i|^2, of entries with r = 0 too.
     """
 
     matrices: Float[Tensor, "*f m m"] | Complex[Tensor, "*f m m"]
@@ -103,6 +106,7 @@ class Moving:
     half: Float[Tensor, " m"]
     added: Float[Tensor, " m"]
     stretched: Float[Tensor, " m"]
+    read: Float[Tensor, ""]
 
     def top(self) -> Float[Tensor, ""]:
         """The largest eigenvalue of any of the matrices."""
@@ -117,13 +121,19 @@ Gains = Callable[[Moving], Tensor]
 
 
 def balanced(moving: Moving) -> Float[Tensor, " m"]:
-    """g_i = top + sqrt(b_i / a_i), which minimises a bound of tr(V P V^T)."""
-    top, b, a = moving.top() * (1 + APART), _floored(moving.stretched), _floored(moving.added)
-    return top + (b / a).sqrt() if bool(((b > 0) & (a > 0)).all()) else top.expand(len(a))
+    """g_i = top + sqrt(b_i / a_i), which minimises a bound of tr(V P V^T).
+
+    The weights have floors, so that g_i is finite where nothing is read of a neuron, and apart from
+    the top where nothing of what it stretches.
+    """
+    top = moving.top()
+    a = _floored(moving.added, _FAINT * moving.read * moving.half.square())
+    b = _floored(moving.stretched, torch.finfo(top.dtype).eps * moving.read * top.square())
+    return top * (1 + APART) + square_root(b / a)
 
 
-def _floored(weights: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    return torch.maximum(weights, _FLOOR * weights.max())
+def _floored(weights: Float[Tensor, " m"], least: Float[Tensor, "*m"]) -> Float[Tensor, " m"]:
+    return torch.maximum(weights, torch.maximum(_FLOOR * weights.max(), least))
 
 
 def normalised(scale: Tensor, root: Tensor, kind: Kind, failure: float) -> Extent:
@@ -145,12 +155,13 @@ def through_map(
     Args:
         before: Of its input.
         map: A.
-        norm: |A|, to take the ball.
+        norm: |A|, to take the ball, which holds no other nodes.
         passive: How many entries at the end of S are other nodes', which stay as they are.
     """
     if isinstance(map, Index) and map.is_reshape:
         return before
     if norm is not None:
+        assert not passive
         longest = before.radius()
         kind = weakest((norm.kind, before.kind))
         failure = min(1.0, norm.failure + before.failure)
@@ -190,11 +201,13 @@ def through_slopes(
         spread = s[:, moving]
         if read is None or not bool((read != 0).any()):
             added, stretched = r[moving].square(), (c[:, None] * spread).square().sum(0)
+            most = torch.ones_like(c[0])
         else:
             read = read / read.detach().abs().max()
-            added = r[moving].square() * read[:, moving].square().sum(0)
+            weights = read.square().sum(0)
+            added, most = r[moving].square() * weights[moving], weights.max()
             stretched = ((read * c) @ spread).square().sum(0)
-        found = gains(Moving(spread[moving], c[moving], r[moving], added, stretched))
+        found = gains(Moving(spread[moving], c[moving], r[moving], added, stretched, most))
     return normalised(before.scale, stepped(root, s, c, r, found), before.kind, before.failure)
 
 
@@ -258,8 +271,8 @@ def through_opaque(before: Extent, op: Lipschitz, size: int, passive: int = 0) -
     # One multiplier for all: each entry gets the same share of both weights.
     half, each = constant.expand(size), constant.new_ones(size) / size
     added, stretched = out * constant.square() * each, across.square().sum() * each
-    chosen = balanced(Moving(inner, 0 * half, half, added, stretched))
-    lowered, left, gains = raised_factor(inner, chosen)
+    moving = Moving(inner, 0 * half, half, added, stretched, torch.ones_like(constant))
+    lowered, left, gains = raised_factor(inner, balanced(moving))
     bent = half_inverse(lowered, left, across)
     ball = torch.diag((gains[0].sqrt() * constant).expand(out))
     found = torch.block_diag(ball, torch.cat([root[:, size:], bent]))
@@ -292,6 +305,6 @@ def through_expansion(
 
 def shares_of(traces: Sequence[Tensor]) -> list[Tensor]:
     """Shares that minimise the trace of a split sum."""
-    roots = torch.stack(list(traces)).clamp(min=0).sqrt()
+    roots = square_root(torch.stack(list(traces)))
     roots = roots + 1e-12 * roots.max() + torch.finfo(roots.dtype).tiny
     return list(roots / roots.sum())

@@ -68,7 +68,7 @@ def stacked(parts: Sequence[Extent], sizes: Sequence[int]) -> Extent:
     largest = torch.stack([p.scale.detach() for p in parts]).max()
     scale = largest.where(largest > 0, 1)
     roots = [_root(p, n) * (p.scale / scale) for p, n in zip(parts, sizes, strict=True)]
-    shares = shares_of([root.detach().square().sum() for root in roots])
+    shares = shares_of([root.square().sum() for root in roots])
     blocks = [root / share.sqrt() for root, share in zip(roots, shares, strict=True)]
     kind, failure = weakest(p.kind for p in parts), min(1.0, sum(p.failure for p in parts))
     return normalised(scale, torch.block_diag(*blocks), kind, failure)

@@ -120,8 +120,8 @@ def largest_eigenvalue(
     return values[where] + seen - seen.detach()
 
 
-def square_root(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """The root, 0 with a gradient of 0 where the value is not above 0; NaN stays."""
+def square_root(value: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """The roots, 0 with a gradient of 0 where a value is not above 0; NaN stays."""
     positive = ~(value <= 0)
     return value.where(positive, 1).sqrt().where(positive, 0)
 

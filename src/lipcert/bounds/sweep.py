@@ -213,8 +213,7 @@ class Sweep:
         read = self._read(n, beside, to_come)
         match n.op:
             case Affine() as op:
-                large = size(n) > facts.largest
-                norm = affine_norm(op, facts.norm) if large else None
+                norm = affine_norm(op, facts.norm) if self._is_ball(n, None) else None
                 return through_map(before, facts.maps[n], norm, passive)
             case Slope():
                 low, high = (torch.cat([s, facts.one.expand(passive)]) for s in facts.slopes[n])
@@ -230,6 +229,10 @@ class Sweep:
             case _:
                 return summed(before, size(n), len(n.inputs))
 
+    def _is_ball(self, n: Node, at: Node | None) -> bool:
+        """Whether only the norm of its map is taken, which says nothing of nodes beside it."""
+        return at is None and isinstance(n.op, Affine) and size(n) > self.facts.largest
+
     def _split(self, n: Node, parts: list[Extent]) -> Extent:
         """A sum or a concatenation of nodes of which is not known how they go together."""
         adding = not isinstance(n.op, Concat)
@@ -242,7 +245,9 @@ class Sweep:
 
     def _beside(self, n: Node, at: Node | None, to_come: set[Node]) -> list[Node]:
         """The nodes that are in one ellipsoid with the inputs, and read later again."""
-        if not self._way.joint or (at is not None and at.shape[1:] != at.inputs[0].shape[1:]):
+        if not self._way.joint or self._is_ball(n, at):
+            return []
+        if at is not None and at.shape[1:] != at.inputs[0].shape[1:]:
             return []
         later = {i for user in to_come & self._needed for i in user.inputs} | self._targets
         groups = [self._live[i] for i in n.inputs]

@@ -174,15 +174,16 @@ def through_cut(
         spread = s if len(moving) == len(c) else s[..., moving]
         inner = s if len(moving) == len(c) else spread[..., moving, :]
         if read is None or not bool((read != 0).any()):
-            added = r[moving].square() * math.prod(before.coarsest) * math.prod(before.folds)
+            most = torch.full_like(c[0], math.prod(before.coarsest) * math.prod(before.folds))
+            added = r[moving].square() * most
             stretched = c[:, None] * spread
         else:
             rows = read * (1 / power_of_two(read))
-            weighted = _squares(rows) * before.weights()
-            added = r[moving].square() * weighted.sum((0, 1, 2))[moving]
+            weights = (_squares(rows) * before.weights()).sum((0, 1, 2))
+            added, most = r[moving].square() * weights[moving], weights.max()
             stretched = (rows.conj() * c) @ spread
         stretched = (_squares(stretched) * before.weights()).sum((0, 1, 2))
-        found = gains(Moving(inner, c[moving], r[moving], added, stretched))
+        found = gains(Moving(inner, c[moving], r[moving], added, stretched, most))
     roots = stepped(before.roots * inverse, s, c, r, found)
     return dataclasses.replace(before, scale=scale, roots=roots)
 
@@ -198,7 +199,7 @@ def stacked_waves(parts: Sequence[Waves]) -> Waves:
     """One ellipsoid of several on one grid, of which is not known how they go together."""
     largest = torch.stack([p.scale.detach() for p in parts]).max()
     scale = largest.where(largest > 0, 1)
-    shares = shares_of([_squares(p.roots.detach()).sum() for p in parts])
+    shares = shares_of([_squares(p.roots).sum() * (p.scale / scale).square() for p in parts])
     width = sum(p.roots.shape[-1] for p in parts)
     blocks, begin = [], 0
     for p, share in zip(parts, shares, strict=True):
