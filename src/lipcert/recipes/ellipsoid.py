@@ -76,6 +76,7 @@ def ellipsoid_mnist() -> Recipe:
         name="ellipsoid-mnist-c4f3_bcp",
         summary="the ellipsoid bound on 4C3F for MNIST, certified at 1.58",
         model=_orthogonal(models.c4f3_bcp),
+        learning_rate=1e-3,
     )
 
 
