@@ -123,17 +123,15 @@ Gains = Callable[[Moving], Tensor]
 def balanced(moving: Moving) -> Float[Tensor, " m"]:
     """g_i = top + sqrt(b_i / a_i), which minimises a bound of tr(V P V^T).
 
-    The weights have floors, so that g_i is finite where nothing is read of a neuron, and apart from
-    the top where nothing of what it stretches.
+    Where nothing is read of a neuron, a floor keeps g_i finite.
     """
-    top = moving.top()
-    a = _floored(moving.added, _FAINT * moving.read * moving.half.square())
-    b = _floored(moving.stretched, torch.finfo(top.dtype).eps * moving.read * top.square())
-    return top * (1 + APART) + square_root(b / a)
+    least = _FAINT * moving.read * moving.half.square()
+    a, b = torch.maximum(_floored(moving.added), least), _floored(moving.stretched)
+    return moving.top() * (1 + APART) + square_root(b / a)
 
 
-def _floored(weights: Float[Tensor, " m"], least: Float[Tensor, "*m"]) -> Float[Tensor, " m"]:
-    return torch.maximum(weights, torch.maximum(_FLOOR * weights.max(), least))
+def _floored(weights: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    return torch.maximum(weights, _FLOOR * weights.max())
 
 
 def normalised(scale: Tensor, root: Tensor, kind: Kind, failure: float) -> Extent:
