@@ -97,16 +97,16 @@ def circle(axes: Axes, radius: float, colour: str, label: str) -> None:
 
 
 def ellipse(axes: Axes, extent: Extent, label: str) -> None:
+    assert extent.root is not None
     factor = extent.root.mT
-    assert factor is not None
     rim = extent.scale * turned(torch.linspace(0, 2 * math.pi, 200)) @ factor.mT
     axes.plot(*rim.T, color=ELLIPSOID, linewidth=1.5, label=label)
 
 
 def widths(axes: Axes, extent: Extent, radius: float) -> None:
     """How far the pair's margin moves: the support of both sets in the direction of w."""
+    assert extent.root is not None
     factor = extent.root.mT
-    assert factor is not None
     length = PAIR.norm()
     w, along = PAIR / length, torch.stack([PAIR[1], -PAIR[0]]).neg() / length
     inside = float(extent.scale * (w @ factor).norm())
