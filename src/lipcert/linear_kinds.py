@@ -35,7 +35,7 @@ class Scale(LinearMap):
     diagonal: Float[Tensor, "..."]
 
     def apply(self, x: Tensor) -> Tensor:
-        return x * self.diagonal.to(x.device)
+        return x * self.diagonal.to(x)
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self.apply(y)

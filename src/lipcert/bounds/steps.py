@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -56,11 +57,13 @@ def linear_step(n: Node, like: Tensor | None = None) -> Step:
     Args:
         n: The node.
         like: Fold the maps for use, in this precision and on this device; by default they are
-            left as they are, for strategies to fold in theirs.
+            left for strategies to fold, in float64.
     """
     match n.op:
         case Affine(map=map):
-            return Step(map() if like is None else simplify(map().to(like.dtype)))
+            if like is None:
+                return Step(map().to(torch.float64))
+            return Step(simplify(map().to(like.dtype)))
         case Slope():
             low, high = everywhere(n)
             if like is not None:

@@ -158,6 +158,11 @@ def _deconvolution_function(
     return _deconvolve(x, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
+def _precise(number: Tensor) -> Tensor:
+    """In float64: a factor that is computed must not be rounded to the precision of the weights."""
+    return number.to(torch.float64)
+
+
 def _batch_norm(
     x: Node, mean: Live | None, variance: Live | None, weight, bias, eps: float
 ) -> Affine:
@@ -169,7 +174,7 @@ def _batch_norm(
     shape, column = x.shape, (-1, *(1,) * (len(x.shape) - 1))
 
     def gain() -> Tensor:
-        inverse = (variance() + eps).rsqrt()
+        inverse = (_precise(variance()) + eps).rsqrt()
         return inverse if weight is None else weight() * inverse
 
     def map() -> LinearMap:
@@ -210,13 +215,13 @@ def _normalize(module: Normalize, x: Node) -> Affine:
     column = (-1, *(1,) * (len(x.shape) - 1))
 
     def map() -> LinearMap:
-        return Scale(x.shape, x.shape, 1 / module.std.reshape(column))
+        return Scale(x.shape, x.shape, 1 / _precise(module.std).reshape(column))
 
     def proved() -> Constant:
-        return Constant((1 / module.std.double()).abs().max(), Kind.UPPER)
+        return Constant((1 / _precise(module.std)).abs().max(), Kind.UPPER)
 
     known = KnownNorm(proved, lambda: float(proved()))
-    return Affine(map, lambda: (-module.mean / module.std).reshape(column), known)
+    return Affine(map, lambda: (-module.mean / _precise(module.std)).reshape(column), known)
 
 
 @rule(F.pad)

@@ -149,4 +149,4 @@ def _divide(x, y) -> Node:
     if isinstance(y, Node):
         raise LipcertError("division by a function of the input is not Lipschitz")
     divisor = _as_live(y)
-    return _scaled(x, Live(lambda: 1 / divisor()))
+    return _scaled(x, Live(lambda: 1 / divisor().to(torch.float64)))
