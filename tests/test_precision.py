@@ -8,9 +8,9 @@ import copy
 
 import pytest
 import torch
-from nets import NETS
 
 import lipcert as lc
+from nets import NETS
 
 BOUNDS = {
     "product": lambda graph: lc.Product(graph, norm=lc.Exact()),
