@@ -1,8 +1,10 @@
 """The command line: the verbs, end to end on tiny data, and what bad input gets."""
 
+import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lipcert import cli, commands, evaluate, recipes, smallest, tables
 from lipcert import run as runs
@@ -561,3 +564,50 @@ def test_the_demo_removes_only_its_own_files(tmp_path, capsys, monkeypatch):
     runs.remove(tmp_path, "gloro-digits")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
     assert call("demo", "--out", tmp_path) == 130
+
+
+def test_certificates_are_of_the_weights_that_were_certified(run_folder, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(run_folder, folder)
+    assert call("certify", folder) == 0
+    assert call("attack", folder, "--eps", "0.1", *QUICK) == 0
+    path = folder / "model.safetensors"
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert json.loads((folder / "summary.json").read_text())["weights_sha256"] == sha
+    assert call("report", folder) == 0
+    assert sha in (folder / "report.html").read_text(encoding="utf-8")
+    other = {name: 1.01 * t for name, t in load_file(path).items()}
+    save_file(other, path)
+    for words in (["attack", folder, *QUICK], ["report", folder]):
+        assert "has changed since" in refused(capsys, *words)
+    # At a radius no certificates are needed, and what was found before is of other weights.
+    assert call("attack", folder, "--eps", "0.2", *QUICK) == 0
+    assert list(json.loads((folder / "attack.json").read_text())["robust_accuracy"]) == ["0.2"]
+    assert call("certify", folder) == 0
+    assert call("attack", folder, *QUICK) == 0
+    assert call("report", folder) == 0
+    save_file({name: t * torch.nan for name, t in other.items()}, path)
+    for words in (["attack", folder, "--eps", "0.2", *QUICK], ["certify", folder]):
+        assert "NaN" in refused(capsys, *words)
+
+
+def test_new_certificates_end_attacks_on_other_weights(run_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run_folder, folder)
+    assert call("attack", folder, "--eps", "0.1", *QUICK) == 0
+    path = folder / "model.safetensors"
+    save_file({name: 1.01 * t for name, t in load_file(path).items()}, path)
+    assert call("certify", folder) == 0
+    assert "robust_accuracy" not in json.loads((folder / "attack.json").read_text())
+
+
+def test_the_last_line_of_a_training_names_the_last_epoch(tmp_path, capsys):
+    assert call("train", "lmt-digits", *SMALL, "--out", tmp_path / "run") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "epoch" in line]
+    assert "epoch 2/2" in lines[-1]
+
+
+def test_a_misspelt_recipe_is_answered_with_its_like(capsys):
+    message = refused(capsys, "recipes", "lmt-mnst")
+    assert "Did you mean lmt-mnist" in message
+    assert "cll-moons" not in message

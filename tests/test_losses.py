@@ -512,3 +512,10 @@ def test_a_loss_of_ones_own_says_what_it_protects():
         return logits.sum()
 
     assert mine.protects(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0])).tolist() == [1]
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_a_label_that_is_no_class_is_an_error(loss):
+    z, K_row = torch.randn(4, 3), torch.rand(4, 3)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        loss(z, torch.tensor([0, 1, 2, 3]), K_row, eps=0.5)

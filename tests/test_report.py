@@ -721,3 +721,13 @@ def test_json_becomes_typed_values_and_extra_fields_are_left_out():
     assert typed(LayerRow, row | {"new": 1}, "row") == LayerRow("a", "Sum", None, 1.0, 0.5, 0.0)
     with pytest.raises(LipcertError, match="prefix is 'x', not float"):
         typed(LayerRow, row | {"prefix": "x"}, "row")
+
+
+def test_a_run_with_other_settings_says_so(tmp_path):
+    recipe = recipes.get("lmt-mnist")
+    shorter = dataclasses.replace(recipe, epochs=5, seed=3)
+    for name, made, expected in (("a", recipe, 0), ("b", shorter, 2)):
+        page = page_of(make_run(tmp_path / name, recipe=made))
+        assert page.text.count(f"epochs 5 instead of {recipe.epochs}") == expected
+        assert "seed 3 instead" not in page.text
+        assert "This run: certified with the bound auto" in page.text

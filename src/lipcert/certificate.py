@@ -75,6 +75,11 @@ class Certificate:
     def __len__(self) -> int:
         return len(self.prediction)
 
+    def __repr__(self) -> str:
+        """In short; the tensors are its attributes."""
+        median = f", median radius {float(self.radius.median()):.4g}" if len(self) else ""
+        return f"Certificate({self.kind}, {len(self)} samples{median})"
+
     def robust_at(self, eps: float) -> Bool[Tensor, " n"]:
         """Whether the prediction provably stays for every x' with |x' - x| <= eps.
 

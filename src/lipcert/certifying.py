@@ -121,9 +121,10 @@ def _better(a: Certificate, b: Certificate) -> Certificate:
 def _check_kind(kind: Kind, allow_estimate: bool) -> None:
     if kind is Kind.ESTIMATE and not allow_estimate:
         raise LipcertError(
-            "The bound is an estimate (power iteration approaches a norm from below), so it proves "
-            "nothing. Certify with a true bound, e.g. Product(graph, norm=Auto()), or pass "
-            "allow_estimate=True; every result then says 'estimate'."
+            "The bound is an estimate, made for training: its norms are iterated from below, or it "
+            "is computed in float32. It proves nothing. Certify with the same bound without norm= "
+            "and every=, e.g. lc.LipLT(graph) or lc.Ellipsoid(graph), or pass allow_estimate=True; "
+            "every result then says 'estimate'."
         )
 
 

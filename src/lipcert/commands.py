@@ -71,16 +71,19 @@ def train(
 
 def _train(run: Run, data: Dataset, device: str) -> None:
     with progress(f"train {run.recipe.name}") as advance:
-        note = ""
+        note, place = "", (0, 1)
 
         def on_epoch(record: training.Epoch) -> None:
             nonlocal note
             accuracy = record.validation_accuracy
             shown = "" if accuracy is None else f" validation {accuracy:.1%}"
             note = f"epoch {record.epoch}/{run.recipe.epochs} loss {record.loss:.3f}{shown}"
+            advance(*place, note)
 
         def on_step(done: int, total: int) -> None:
-            advance(done, total, note)
+            nonlocal place
+            place = done, total
+            advance(*place, note)
 
         try:
             training.train(run, data, device=device, on_step=on_step, on_epoch=on_epoch)

@@ -99,6 +99,7 @@ def certify_run(
         "recipe": run.recipe.name,
         "data": data.source,
         "split": data.split,
+        "weights_sha256": run.weights_sha256(),
         "classes": [
             {
                 "name": data.classes[row.label],
@@ -114,12 +115,14 @@ def certify_run(
     several = (BoundName.AUTO, BoundName.TIGHT)
     shown = [part for part in BoundName if part in found and part not in several]
     table = tabulated(shown, found, graph, x[:SAMPLED])
-    rows_of_samples = certificates_table(certificate, labels, values, name, by)
+    about = {"bound": str(name), "weights_sha256": run.weights_sha256() or ""}
+    rows_of_samples = certificates_table(certificate, labels, values, by, about)
     write_atomically(run.path("certificates.parquet"), rows_of_samples)
     run.write_json("bound.json", dataclasses.asdict(table))
     run.write_json("summary.json", summary)
-    attack = earlier_attack(run, data)
-    if attack.pop("inside", None):  # it spoke of the certificates that were there before
+    if run.path("attack.json").exists():
+        attack = earlier_attack(run, data)
+        attack.pop("inside", None)  # it spoke of the certificates that were there before
         run.write_json("attack.json", attack)
     run.path("inequality.parquet").unlink(missing_ok=True)  # for the same reason
     _write_locality(run, local, name, next(iter(values)), labels)
@@ -139,21 +142,22 @@ def _write_locality(
 
 
 def earlier_attack(run: Run, data: Dataset) -> dict[str, Any]:
-    """What attack.json holds, if it is of these data; to be added to."""
+    """What attack.json holds, if it is of these data and weights; to be added to."""
     found = (
         run.read_json("attack.json", f"lipcert attack {run.folder}")
         if run.path("attack.json").exists()
         else {}
     )
-    return found if found.get("data") == data.source else {"data": data.source}
+    of = {"data": data.source, "weights_sha256": run.weights_sha256()}
+    return found if found.items() >= of.items() else of
 
 
 def certificates_table(
     certificate: Certificate,
     labels: Tensor,
     radii: Mapping[str, float],
-    name: BoundName,
     by: Sequence[str],
+    about: Mapping[str, str],
 ) -> bytes:
     """One row a sample as parquet; the kind of the claim is in every row and in the metadata.
 
@@ -161,8 +165,8 @@ def certificates_table(
         certificate: The certificates.
         labels: The true classes.
         radii: Radii of interest by their text.
-        name: The bound.
         by: Which bound gave each sample its radius, see `proved_by`.
+        about: Further metadata: the bound, and the weights that were certified.
     """
     columns: dict[str, Any] = {
         "index": range(len(certificate)),
@@ -174,7 +178,7 @@ def certificates_table(
     }
     for text, value in radii.items():
         columns[f"robust@{text}"] = certificate.robust_at(value).numpy()
-    return _parquet(columns, {"kind": str(certificate.kind), "bound": str(name), "norm": "L2"})
+    return _parquet(columns, {"kind": str(certificate.kind), "norm": "L2", **about})
 
 
 def _local_table(rows: LocalRows, name: BoundName, eps: str) -> bytes:
@@ -199,9 +203,17 @@ def read_certificates(run: Run) -> pyarrow.Table:
     """The certificates of a run.
 
     Raises:
-        LipcertError: They are missing or broken.
+        LipcertError: They are missing or broken, or of other weights than the run has now.
     """
-    return _read_parquet(run, "certificates.parquet", f"lipcert certify {run.folder}")
+    made_by = f"lipcert certify {run.folder}"
+    table = _read_parquet(run, "certificates.parquet", made_by)
+    certified = (table.schema.metadata or {}).get(b"weights_sha256", b"").decode()
+    if run.weights_sha256() not in (None, certified):
+        raise LipcertError(
+            f"{run.path('model.safetensors')} has changed since {run.path('certificates.parquet')} "
+            f"was made: nothing is known of the weights there are now. Certify them: {made_by}."
+        )
+    return table
 
 
 def read_local_rows(run: Run, made_by: str) -> LocalRows:

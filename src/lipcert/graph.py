@@ -191,6 +191,10 @@ class Graph:
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
 
+    def __repr__(self) -> str:
+        """A line a node."""
+        return "\n".join([f"Graph of {type(self.model).__name__}:", *(f"  {n}" for n in self)])
+
     def node(self, name: str) -> Node:
         """The node of this name (as printed by the bound table).
 

@@ -14,7 +14,9 @@ def check_radius(eps: float) -> float:
     """
     number = isinstance(eps, int | float)
     if not (number and eps > 0 and math.isfinite(eps)):
-        raise LipcertError(f"eps = {eps}: a radius must be a positive finite number, e.g. 36/255.")
+        raise LipcertError(
+            f"eps = {eps!r}: a radius must be a positive finite number, e.g. 36/255, and no text."
+        )
     return float(eps)
 
 

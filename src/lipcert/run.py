@@ -15,6 +15,7 @@ locality.parquet        one row a test sample
 report.html             all of it on one page
 """
 
+import hashlib
 import json
 import platform
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ class Run:
     def path(self, name: str) -> Path:
         """A file of the directory."""
         return self.folder / name
+
+    def weights_sha256(self) -> str | None:
+        """The SHA-256 of model.safetensors, by which results name the weights that they are of.
+
+        None without that file.
+        """
+        path = self.path("model.safetensors")
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file in one step."""
@@ -124,7 +133,11 @@ def open_run(folder: Path) -> Run:
         LipcertError: It does not exist or holds no run.
     """
     if not folder.is_dir():
-        raise LipcertError(f"There is no run directory {folder}. Make one: lipcert train RECIPE.")
+        own = "Networks of your own are certified in Python: lc.certify."
+        raise LipcertError(
+            f"There is no run directory {folder}. "
+            + (own if ":" in str(folder) else "Make one: lipcert train RECIPE.")
+        )
     content = _read_json(folder / "recipe.json", "lipcert train")
     try:
         recipe = override(recipes.get(content["recipe"]), content["settings"])
@@ -179,7 +192,10 @@ def load_weights(net: nn.Module, path: Path) -> None:
     except FileNotFoundError:
         raise LipcertError(f"There is no weights file {path}.") from None
     except (SafetensorError, OSError) as error:
-        raise LipcertError(f"{path} is not a readable safetensors file: {error}.") from None
+        raise LipcertError(
+            f"{path} is not a readable safetensors file: {error}. To make one of weights in "
+            "another format: safetensors.torch.save_file(net.state_dict(), path)."
+        ) from None
     except RuntimeError as error:
         raise LipcertError(f"{path} does not fit the network: {_one_line(error)}") from None
 

@@ -183,8 +183,8 @@ def _decode(data: "datasets.Dataset", column: str, where: str) -> UInt8[np.ndarr
         encoded = data.select_columns(column).cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # TypeError, ArrowInvalid, ArrowNotImplementedError ...
         raise LipcertError(
-            f"{where}: the column {column!r} holds {data.features[column]}, not pictures; choose "
-            "another with image_column="
+            f"{where}: the column {column!r} holds {data.features[column]}, not pictures; name "
+            "the column of pictures image, or choose it in Python: lc.data.load(..., image_column=)"
         ) from error
     decoder = datasets.Image()
     pixels = np.empty((0, 1, 0, 0), np.uint8)

@@ -40,7 +40,9 @@ def open_trained(folder: Path, device: str) -> tuple[Run, nn.Module, Graph]:
     run = runs.open_run(folder)
     net, config = runs.load_model(run)
     net = net.to(device)
-    return run, net, trace(net, tuple(config["in_shape"]))
+    graph = trace(net, tuple(config["in_shape"]))
+    graph.check(net)
+    return run, net, graph
 
 
 def bound_name(name: str) -> BoundName:

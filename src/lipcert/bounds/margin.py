@@ -59,6 +59,13 @@ class MarginConstants:
     around: Around | None = None
     alone: Callable[[], Float[Tensor, "*b c"]] | None = None
 
+    def __repr__(self) -> str:
+        where = "everywhere" if self.batch is None else f"around {self.batch} samples"
+        return (
+            f"MarginConstants({self.kind}, {where}, {self.classes} classes; "
+            "the numbers: row(classes) or dense())"
+        )
+
     def members(self) -> list["MarginConstants"]:
         """This one and all others."""
         return [self, *(member for other in self.others for member in other.members())]

@@ -49,7 +49,9 @@ def gloro(
     Reference: arXiv 2102.08452, section 3.
     """
     z = widened(logits)
-    return F.cross_entropy(torch.cat([z, bottom(z, labels, K_row, eps)], dim=1), labels)
+    whole = torch.cat([z, bottom(z, labels, K_row, eps)], dim=1).logsumexp(dim=1)
+    # The label's own logit, so that a label beyond the classes is no way to mean the bottom class.
+    return (whole - z.gather(1, labels.unsqueeze(1)).squeeze(1)).mean()
 
 
 @protects(prediction)

@@ -1,5 +1,6 @@
 """Recipes: functions that return a `Recipe`, found by name."""
 
+import difflib
 from collections.abc import Callable
 
 from lipcert.errors import LipcertError
@@ -46,8 +47,10 @@ def get(name: str) -> Recipe:
     """A recipe by name.
 
     Raises:
-        LipcertError: There is none of this name; the message lists the names.
+        LipcertError: There is none of this name; the message lists names like it, or all.
     """
     if name not in _RECIPES:
-        raise LipcertError(f"There is no recipe {name!r}. Recipes: {', '.join(_RECIPES)}.")
+        near = ", ".join(difflib.get_close_matches(name, _RECIPES))
+        known = f"Did you mean {near}?" if near else f"Recipes: {', '.join(_RECIPES)}."
+        raise LipcertError(f"There is no recipe {name!r}. {known}")
     return _RECIPES[name]()

@@ -130,7 +130,7 @@ def _run(
     r: Results, name: str, data: Dataset | str, *, level: int, curve: Html | None = None
 ) -> Html:
     """One run: what is proved, then its sections under headings one level below `level`."""
-    s = r.summary
+    s, other = r.summary, wording.other_settings(r.run)
     facts = (
         f"Data {s.data}, split {s.split}, {s.samples} images. L2 norm, pixels in [0, 1]. Bound "
         f"{s.bound}. Run "
@@ -140,6 +140,7 @@ def _run(
         *([tag("p", "Certified robustness", class_="over")] if level == 1 else []),
         tag(f"h{level}", name),
         tag("p", r.run.recipe.summary, class_="muted"),
+        tag("p", f"Other settings than the recipe's: {other}.", class_="muted") if other else "",
         wording.warnings(r),
         tag("p", wording.claim(s), class_="claim"),
         tag("p", tag("span", wording.badge(s), class_=f"badge {s.kind}"), class_="muted"),

@@ -54,6 +54,7 @@ class Summary:
     split: str
     classes: tuple[ClassSummary, ...]
     versions: dict[str, str]
+    weights_sha256: str | None = None
 
     def __post_init__(self):
         if not self.cra:

@@ -170,8 +170,13 @@ def published(r: Results) -> Html:
     for p in r.run.recipe.published:
         value = number(p.value) if "radius" in p.what else percent(p.value)
         rows.append((p.what, value, ours.get(p.what, "–"), p.source, p.certainty))
+    if not rows:
+        return Html()
     head = ("What", "Published", f"This run: {s.kind}", "Source", "How sure")
-    return table(head, rows, words=("Source", "How sure")) if rows else Html()
+    other = wording.other_settings(r.run)
+    trained = f", trained with {other}" if other else ""
+    note = f"This run: certified with the bound {s.bound}{trained}."
+    return join(table(head, rows, words=("Source", "How sure")), tag("p", note, class_="note"))
 
 
 def images(r: Results, data: Dataset | str) -> Html:
@@ -304,9 +309,7 @@ def training(r: Results) -> Html:
 def provenance(r: Results) -> Html:
     """Commands, settings, time and versions."""
     s = r.summary
-    chosen = {
-        k: f"{v:.6g}" if isinstance(v, float) else v for k, v in settings(r.run.recipe).items()
-    }
+    chosen = {name: wording.short(value) for name, value in settings(r.run.recipe).items()}
     times = f"certifying {s.seconds:.3g} s"
     if r.epochs:
         times = f"training {sum(e.seconds for e in r.epochs):.3g} s, {times}"
@@ -314,6 +317,8 @@ def provenance(r: Results) -> Html:
         "Settings": ", ".join(f"{name} {value}" for name, value in chosen.items()),
         "Time": times,
     }
+    if s.weights_sha256:
+        facts["Weights"] = f"model.safetensors with the SHA-256 {s.weights_sha256}"
     names = dict.fromkeys([*r.start.versions, *s.versions])
     rows = [(n, r.start.versions.get(n, "–"), s.versions.get(n, "–")) for n in names]
     head = ("What", "Trained with", "Certified with")

@@ -128,6 +128,23 @@ def claim(summary: Summary) -> str:
             )
 
 
+def other_settings(run: Run) -> str:
+    """What a run has not as its recipe says, where that may change results; empty if nothing."""
+    if run.recipe.name not in recipes.names():
+        return ""
+    usual, chosen = settings(recipes.get(run.recipe.name)), settings(run.recipe)
+    return ", ".join(
+        f"{name} {short(chosen[name])} instead of {short(usual[name])}"
+        for name in usual
+        if chosen[name] != usual[name] and name not in ("data", "seed")
+    )
+
+
+def short(value: object) -> str:
+    """A setting, not in all its digits."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def banner(name: str, title: str, text: object) -> Html:
     """A box that nobody overlooks: `name` is error or caution."""
     return tag("div", tag("strong", title), text, class_=f"banner {name}", role="alert")
