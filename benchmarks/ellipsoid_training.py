@@ -36,12 +36,21 @@ from lipcert.train import train
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """A network, and the recipe whose loss, radius and schedule trains it."""
+    """A network, and the recipe whose loss, radius and schedule trains it.
+
+    Attributes:
+        title: Its name.
+        model: Makes it.
+        recipe: Name of the recipe.
+        changes: What is unlike the recipe.
+        every: At every how many steps Eclipse and Ellipsoid are computed.
+    """
 
     title: str
     model: Callable
     recipe: str = "ellipsoid-mnist-lmt"
     changes: dict = dataclasses.field(default_factory=dict)
+    every: int = 2
 
 
 SETS = {
@@ -53,16 +62,16 @@ SETS = {
     # A few epochs: turning and shifting the images, made for 800, would only slow them down.
     "cifar10": {
         "c6f2": Net(
-            "6C2F", models.c6f2_bcp, "ellipsoid-cifar10-c6f2_bcp", {"augment": random_flip}
+            "6C2F", models.c6f2_bcp, "ellipsoid-cifar10-c6f2_bcp", {"augment": random_flip}, every=4
         ),
     },
 }
 NETS = {key: net for nets in SETS.values() for key, net in nets.items()}
 BOUNDS = {
-    "product": lambda graph: lc.Product(graph, norm=lc.PowerIteration(2)),
-    "LipLT": lambda graph: lc.LipLT(graph, norm=lc.LOBPCG(1)),
-    "Eclipse": lambda graph: lc.Eclipse(graph, every=2),
-    "Ellipsoid": lambda graph: lc.Ellipsoid(graph, every=2),
+    "product": lambda graph, every: lc.Product(graph, norm=lc.PowerIteration(2)),
+    "LipLT": lambda graph, every: lc.LipLT(graph, norm=lc.LOBPCG(1)),
+    "Eclipse": lambda graph, every: lc.Eclipse(graph, every=every),
+    "Ellipsoid": lambda graph, every: lc.Ellipsoid(graph, every=every),
 }
 COLLAPSED = {("c4f3", "Ellipsoid"), ("c4f3", "product")}
 """Trainings that ended with one class at the rate of the recipe: these take a third of it."""
@@ -83,7 +92,7 @@ def recipe_of(net: str, bound: str, seed: int, epochs: int) -> Recipe:
         recipe,
         learning_rate=rate,
         model=partial(orthogonal, NETS[net].model),
-        bound=BOUNDS[bound],
+        bound=partial(BOUNDS[bound], every=NETS[net].every),
         epochs=epochs,
         seed=seed,
         **NETS[net].changes,

@@ -81,13 +81,17 @@ def ellipsoid_mnist() -> Recipe:
 
 
 def ellipsoid_cifar10() -> Recipe:
-    """The 6C2F net of BCP on CIFAR-10, at the radius and the length of GloRo Nets and CLL."""
+    """The 6C2F net of BCP on CIFAR-10, at the radius and the length of GloRo Nets and CLL.
+
+    The bound at every fourth step: in the same time that trains further than at every second one.
+    """
     return dataclasses.replace(
         ellipsoid_mnist_lmt(),
         name="ellipsoid-cifar10-c6f2_bcp",
         summary="the ellipsoid bound on 6C2F for CIFAR-10, certified at 36/255",
         data=CIFAR10,
         model=_orthogonal(models.c6f2_bcp),
+        bound=partial(_ellipsoid, every=4),
         eps=36 / 255,
         epochs=800,
         learning_rate=1e-3,
@@ -97,14 +101,13 @@ def ellipsoid_cifar10() -> Recipe:
 
 
 def ellipsoid_tiny() -> Recipe:
-    """The 8C2F net of BCP on Tiny-ImageNet. The bound takes long there: every fourth step."""
+    """The 8C2F net of BCP on Tiny-ImageNet."""
     return dataclasses.replace(
         ellipsoid_cifar10(),
         name="ellipsoid-tiny-c8f2_bcp",
         summary="the ellipsoid bound on 8C2F for Tiny-ImageNet, certified at 36/255",
         data=TINY_IMAGENET,
         model=_orthogonal(models.c8f2_bcp),
-        bound=partial(_ellipsoid, every=4),
         epochs=300,
     )
 
