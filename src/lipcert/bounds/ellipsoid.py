@@ -65,8 +65,8 @@ class Ellipsoid(Bound):
     above the global bound, so take `tightest` of both.
 
     For training give `every`: then the constants are of kind estimate, one sweep in float32 with
-    frequencies wherever there are some, at every so-manieth call with gradients. The calls between
-    repeat them without gradients, which the next gradient makes up for.
+    frequencies wherever there are some, at the first of every so many calls with gradients. The
+    others repeat them without gradients, which the next gradient makes up for.
 
     Args:
         graph: A traced network.
