@@ -9,7 +9,7 @@ from lipcert.data import Dataset, Split, load
 from lipcert.errors import LipcertError
 from lipcert.files import write_atomically
 from lipcert.kinds import Kind
-from lipcert.report import sections, wording
+from lipcert.report import pictures, sections, wording
 from lipcert.report.figures import attack_key, curve_figure, line_key
 from lipcert.report.markup import Html, join, number, percent, table, tag
 from lipcert.report.results import Results, read_results
@@ -152,7 +152,7 @@ def _run(
         "Around each image": sections.locality(r),
         "How tight the certificates are": sections.inequality(r),
         "Beside the published numbers": sections.published(r),
-        "Sample images": sections.images(r, data),
+        "Sample images": pictures.images(r, data),
         "Class by class": sections.by_class(r),
         "Where the bound is loose": sections.layers(r),
         "Training": sections.training(r),

@@ -9,7 +9,8 @@ from lipcert.external_attacks import AttackName
 from lipcert.kinds import Kind
 from lipcert.recipe import settings
 from lipcert.report.markup import Html, join, percent, tag
-from lipcert.report.results import Attacked, Inside, Results, Summary
+from lipcert.report.results import Results
+from lipcert.report.stored import Attacked, Inside, Summary
 from lipcert.run import Run
 
 GLOSSARY = {
