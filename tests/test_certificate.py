@@ -202,7 +202,7 @@ def test_robust_at_is_true_in_exact_arithmetic():
                 assert all(k > f for k, f in zip(kept, falls, strict=True))
 
 
-@pytest.mark.parametrize("eps", [0, -1.0, INF, math.nan, -INF, "36/255"])
+@pytest.mark.parametrize("eps", [0, -1.0, INF, math.nan, -INF])
 def test_radii_that_are_none_are_refused(eps):
     certificate = from_logits(torch.tensor([[1.0, 0.0]]), constants(torch.ones(2, 2)))
     with pytest.raises(lc.LipcertError, match="must be a positive finite number, e.g. 36/255"):
