@@ -301,9 +301,11 @@ def test_a_senseless_setting_is_refused_by_name(field, value):
         override(recipes.get("lmt-digits"), {field: value})
 
 
-def test_an_unknown_recipe_lists_those_there_are():
-    with pytest.raises(LipcertError, match="lmt-digits"):
-        recipes.get("lmt-cifar")
+def test_an_unknown_recipe_lists_those_like_it_or_all():
+    with pytest.raises(LipcertError, match=r"mean .*bcp-cifar10.* lipcert recipes"):
+        recipes.get("bcp-cifar")
+    with pytest.raises(LipcertError, match=r"lmt-digits.*ellipsoid-tiny-c8f2_bcp"):
+        recipes.get("?")
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "-1", "inf", "nan", "1/0", "36//255"])

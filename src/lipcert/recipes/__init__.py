@@ -51,6 +51,7 @@ def get(name: str) -> Recipe:
     """
     if name not in _RECIPES:
         near = ", ".join(difflib.get_close_matches(name, _RECIPES))
-        known = f"Did you mean {near}?" if near else f"Recipes: {', '.join(_RECIPES)}."
-        raise LipcertError(f"There is no recipe {name!r}. {known}")
+        meant = f"Did you mean {near}? All of them: lipcert recipes."
+        known = f"Recipes: {', '.join(_RECIPES)}."
+        raise LipcertError(f"There is no recipe {name!r}. {meant if near else known}")
     return _RECIPES[name]()
