@@ -251,13 +251,13 @@ def _ways(graph: Graph) -> list[Way]:
     within = set() if cover is None else set(cover.of)
     known = any(isinstance(n.op, Lipschitz) and n.op.expansion is not None for n in graph)
     joins = [n for n in graph if isinstance(n.op, Sum | Concat)]
-    # As matrices what is joined must fit into one; else the sweep with joint=False is no worse.
+    # As matrices, what is too large to be joined is split whether the sweep is joint or not.
     fitting = any(sum(math.prod(i.shape) for i in n.inputs) <= LARGEST for n in joins)
     # As matrices too, unless that would only find balls where frequencies find more.
     small = all(math.prod(n.shape) <= LARGEST for n in within)
     return [
         Way(covered, expand, joint)
         for covered in ((None, cover) if small and cover is not None else (cover,))
-        for joint in ((False, True) if joins and (covered or fitting) else (False,))
+        for joint in ((False, True) if joins and (covered is not None or fitting) else (False,))
         for expand in ((False, True) if known else (False,))
     ]

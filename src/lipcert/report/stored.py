@@ -53,29 +53,30 @@ class Summary:
         return math.inf if self.acr is None else self.acr
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """Accuracy under attack at one radius: `value` is a fraction of the first `samples`."""
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """An attack on the first `samples`, and how hard it tried."""
 
     samples: int
     steps: int
     restarts: int
     seed: int
-    value: float
     attack: AttackName = AttackName.PGD
 
 
-@dataclass(frozen=True)
-class Inside:
-    """The attack inside the certified balls of the first `samples`."""
+@dataclass(frozen=True, kw_only=True)
+class Attacked(Tried):
+    """Accuracy under attack at one radius: `value` is a fraction of the samples."""
 
-    samples: int
-    steps: int
-    restarts: int
-    seed: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inside(Tried):
+    """The attack inside the certified balls."""
+
     attacked: int
     flipped: int
-    attack: AttackName = AttackName.PGD
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from lipcert.kinds import Kind
 from lipcert.recipe import settings
 from lipcert.report.markup import Html, join, percent, tag
 from lipcert.report.results import Results
-from lipcert.report.stored import Attacked, Inside, Summary
+from lipcert.report.stored import Attacked, Summary, Tried
 from lipcert.run import Run
 
 GLOSSARY = {
@@ -212,14 +212,14 @@ def _refuted_at(results: Results, text: str, found: Attacked) -> str:
     )
 
 
-def effort(found: Attacked | Inside, samples: int) -> str:
+def effort(found: Tried, samples: int) -> str:
     """How hard an attack tried; `samples` is how many there are in all."""
     part = f"first {found.samples} images, " if found.samples < samples else ""
     tries = f"{found.steps} steps, {found.restarts} starts, seed {found.seed}"
     return f"{part}{found.attack}: {tries}"
 
 
-def attack_command(run: Run, radii: Iterable[str], found: Attacked | Inside | None = None) -> str:
+def attack_command(run: Run, radii: Iterable[str], found: Tried | None = None) -> str:
     """The command that attacks at these radii (none: inside the balls), as hard as `found` did."""
     options = [word for text in radii for word in ("--eps", text)]
     if found is not None:
